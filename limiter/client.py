@@ -1,0 +1,230 @@
+"""Redis clients as the limiter wants them: time-outs, honest retries, and no password in any repr.
+
+A call with a sequence number is repeated by its pump, so `open_client` repeats nothing by itself.
+Only reads and calls that may run twice belong on `open_retrying_client`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import redis
+from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio.connection import parse_url
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff, NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    BusyLoadingError,
+    NoPermissionError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
+from redis.retry import Retry as SyncRetry
+
+from limiter.address import redacted as redacted
+from limiter.errors import RedisRefused
+
+OLDEST = (6, 2)
+ANSWER_S, CONNECT_S = 5.0, 2.0
+# A refused connect is the builtin OSError inside redis-py; without it nothing retries while Redis is down.
+RETRIED = [redis.ConnectionError, redis.TimeoutError, BusyLoadingError, ReadOnlyError, OSError]
+PROBE = ("pocketfleet:{probe}", "arq:job:{probe}")
+
+T = TypeVar("T")
+
+
+def open_client(url: str, *, decode_responses: bool = False) -> Redis:
+    """A client that gives up on a call after 5 s and never repeats one: for calls with a sequence number."""
+    return _opened(url, _options(url), decode_responses=decode_responses)
+
+
+def open_retrying_client(url: str, *, decode_responses: bool = False, retries: int = 8) -> Redis:
+    """A client that repeats a failed call up to `retries` times (8 of them: about 6 s without Redis).
+
+    A call whose reply was lost runs twice: use it only for reads and for calls that may.
+    """
+    retry = _FlatRetry(ExponentialBackoff(cap=1, base=0.05), retries)
+    options = _options(url) | {"retry": retry, "retry_on_error": list(RETRIED)}
+    return _opened(url, options, decode_responses=decode_responses)
+
+
+def open_pubsub_client(url: str) -> Redis:
+    """A client for subscriptions: the subscriber pings by itself, so redis-py's health check is off."""
+    return _opened(url, _options(url) | {"health_check_interval": 0})
+
+
+def open_sync_client(url: str) -> redis.Redis:
+    """A blocking client with short time-outs (2 s to answer, 1 s to connect), for the renewal thread."""
+    options = _options(url) | {
+        "socket_timeout": 2.0,
+        "socket_connect_timeout": 1.0,
+        "retry": SyncRetry(NoBackoff(), 0),
+    }
+    return _SyncClient.from_pool(_SyncPool.from_url(url, **options))
+
+
+async def checked_connection(client: Redis, shown_url: str) -> str | None:
+    """Make sure that Redis answers, is new enough and lets us run scripts on our keys.
+
+    Args:
+        shown_url: the address for people, see `redacted`.
+
+    Returns:
+        A warning for the user (Redis may throw data away when it is full), or None.
+
+    Raises:
+        RedisRefused: one sentence with the address and the mend, never with a password.
+    """
+    try:
+        await client.ping()
+        await client.execute_command("EVAL", "return 1", len(PROBE), *PROBE)  # type: ignore[no-untyped-call]
+        server, memory = await _info(client, "server"), await _info(client, "memory")
+    except (RedisError, OSError) as error:
+        reason = _reason(_root(error), _password(client))
+        raise RedisRefused(f"Redis at {shown_url} {reason}") from None
+    version = str(server.get("redis_version", ""))
+    if version and _number(version) < OLDEST:
+        raise RedisRefused(
+            f"Redis at {shown_url} is version {version:.20}: use Redis 6.2 or newer, or Valkey"
+        )
+    policy = memory.get("maxmemory_policy", "noeviction")
+    if policy == "noeviction":
+        return None
+    return (
+        f"Redis at {shown_url} has maxmemory-policy {policy!s:.40}, so it may throw jobs away when it is full: "
+        "set maxmemory-policy noeviction"
+    )
+
+
+class _FlatRetry(Retry):
+    """redis-py connects with retries inside a call with retries; here only the outer one counts."""
+
+    inside = False
+
+    async def call_with_retry(self, do: Callable[[], Awaitable[T]], fail: Callable[[RedisError], Any]) -> T:
+        if self.inside:
+            return await do()
+        self.inside = True
+        try:
+            return await super().call_with_retry(do, fail)
+        finally:
+            self.inside = False
+
+
+def _address(pool: Any) -> str:
+    """Where a pool connects to, from its options, without credentials."""
+    options = pool.connection_kwargs
+    if "path" in options:
+        return f"unix://{options['path']}"
+    return f"{options.get('host', 'localhost')}:{options.get('port', 6379)}/{options.get('db', 0)}"
+
+
+class _Pool(ConnectionPool):
+    def __repr__(self) -> str:
+        return f"<pool of {_address(self)}>"
+
+
+class _Client(Redis):
+    def __repr__(self) -> str:
+        return f"<client of {_address(self.connection_pool)}>"
+
+
+class _SyncPool(redis.ConnectionPool):
+    def __repr__(self) -> str:
+        return f"<pool of {_address(self)}>"
+
+
+class _SyncClient(redis.Redis):
+    def __repr__(self) -> str:
+        return f"<client of {_address(self.connection_pool)}>"
+
+
+def _opened(url: str, options: dict[str, Any], **more: Any) -> Redis:
+    return _Client.from_pool(_Pool.from_url(url, **(options | more)))
+
+
+def _options(url: str) -> dict[str, Any]:
+    """What every client is opened with; options in the URL win."""
+    options: dict[str, Any] = {
+        "socket_timeout": ANSWER_S,
+        "socket_connect_timeout": CONNECT_S,
+        "health_check_interval": 10,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    scheme = urlsplit(url).scheme
+    if scheme != "unix":
+        options |= {"socket_keepalive": True, "socket_keepalive_options": _keepalive()}
+    if scheme == "rediss":
+        options["ssl_check_hostname"] = parse_url(url).get("ssl_cert_reqs", "required") == "required"
+    return options
+
+
+def _keepalive() -> dict[int, int]:
+    """A dead peer is noticed within half a minute, where the system has these options."""
+    wanted = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
+    return {getattr(socket, name): value for name, value in wanted.items() if hasattr(socket, name)}
+
+
+async def _info(client: Redis, section: str) -> dict[str, Any]:
+    """One section of INFO, or nothing where the user may not ask."""
+    try:
+        return dict(await client.info(section))
+    except ResponseError:
+        return {}
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+
+
+def _password(client: Redis) -> str:
+    return str(client.connection_pool.connection_kwargs.get("password") or "")
+
+
+def _root(error: Exception) -> Exception:
+    """The server's own refusal, where redis-py wrapped it in a ConnectionError while connecting."""
+    while isinstance(error.__cause__, RedisError):
+        error = error.__cause__
+    return error
+
+
+def _reason(error: Exception, password: str) -> str:
+    """Why Redis is no use, and the mend. Most special first: redis-py derives them from one another."""
+    said = _said(error, password)
+    if isinstance(error, (AuthenticationError, AuthorizationError)):
+        return "refuses the user or password: correct them in POCKETFLEET_REDIS_URL (or its password file)"
+    if isinstance(error, NoPermissionError):
+        return f"does not let this user work{said}: give it the rights that the README lists"
+    if isinstance(error, BusyLoadingError):
+        return "is still loading its data: try again in a moment"
+    if isinstance(error, (redis.TimeoutError, TimeoutError)):
+        return "does not answer in time: is it the right address, and is it running?"
+    cause = error.__cause__ or error.__context__ or error
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return f"shows a certificate that does not hold ({cause.verify_message}): correct it or ssl_ca_certs"
+    if isinstance(cause, ssl.SSLError):
+        return "does not speak TLS with us: use redis:// for a server without TLS"
+    if isinstance(cause, OSError) and not isinstance(error, redis.InvalidResponse):
+        return f"cannot be reached ({_words(cause)}): start it, or correct POCKETFLEET_REDIS_URL"
+    if isinstance(error, ResponseError) and not isinstance(error, redis.InvalidResponse):
+        return f"refuses us{said}: correct POCKETFLEET_REDIS_URL or the server's settings"
+    return f"does not answer as Redis does{said}: is it the right address (and rediss:// if it wants TLS)?"
+
+
+def _said(error: Exception, password: str) -> str:
+    """The server's own words in brackets, unless they repeat what we sent it."""
+    words = " ".join(str(error).split())[:160]
+    return "" if not words or (password and password in words) else f" ({words})"
+
+
+def _words(error: OSError) -> str:
+    number = error.errno or 0
+    return os.strerror(number) if number > 0 else error.strerror or str(error)

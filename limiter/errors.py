@@ -1,0 +1,46 @@
+"""What the limiter refuses, and in which words."""
+
+from __future__ import annotations
+
+
+class LimiterError(Exception):
+    """Base of every error the limiter raises. Its text is one sentence meant for people."""
+
+
+class LimitsError(LimiterError, ValueError):
+    """A limit's name or one of its numbers cannot hold. Carries `key` and `value` as typed."""
+
+    def __init__(self, sentence: str, *, key: str = "", value: object = None) -> None:
+        super().__init__(sentence)
+        self.key = key
+        self.value = value
+
+
+class SettingsError(LimiterError, ValueError):
+    """A setting from the environment or `.env` is out of its bounds."""
+
+
+class RedisRefused(LimiterError):
+    """Redis cannot be reached, or refuses us (password, ACL), when a command starts. Exit code 3."""
+
+
+class AdmissionTimeout(LimiterError, TimeoutError):
+    """Not admitted within the time the caller gave. Carries `limit`, `timeout_s` and `refused_by`."""
+
+    def __init__(self, limit: str, timeout_s: float, refused_by: str) -> None:
+        super().__init__(
+            f"no permit for '{limit}' within {timeout_s:g} s (last refused by {refused_by or 'nothing'})"
+        )
+        self.limit = limit
+        self.timeout_s = timeout_s
+        self.refused_by = refused_by
+
+
+class LeaseLost(LimiterError):
+    """The lease ran out while a block held a permit; the block was cancelled."""
+
+    def __init__(self, limit: str) -> None:
+        super().__init__(
+            f"the lease on '{limit}' ran out: Redis did not answer in time, so the block was ended"
+        )
+        self.limit = limit

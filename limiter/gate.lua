@@ -1,0 +1,173 @@
+-- gate: what every script of a limit shares. The loader puts this file in front of each of them.
+--
+-- KEYS[1]  gate      hash    the state: FIELDS below; 'p:<process>' its record; 'a:<process>' its last answer
+-- KEYS[2]  leases    zset    process -> end of its lease, us
+-- KEYS[3]  starts    list    latest moments at which the runs of the window may start, us, oldest first
+-- KEYS[4]  tickets   zset    process that waits for the gate -> ticket
+-- KEYS[5]  later     zset    job id -> due time, us
+-- KEYS[6]  jobs      hash    job id -> 'attempt place deaths refused backs flow', from first claim to done
+-- KEYS[7]  flows     set     flows whose workers have called
+-- KEYS[8]  override  string  'max rate pause_until' of the operator, '-' = none
+-- Beside them, computed: queue:<flow>, idle:<flow>, batch:<b>, done:<b>, out:<b>; all in one slot.
+--
+-- ARGV[1]  process  id of the calling pump ('' for a producer)
+-- ARGV[2]  now      us; '' takes Redis' own TIME (tests pass a time)
+--
+-- Time is integer microseconds of Redis' clock, made monotone by `last`.
+
+local GATE, LEASES, STARTS, TICKETS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local LATER, JOBS, FLOWS, OVERRIDE = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
+local ROOT = string.sub(GATE, 1, -5)
+local PARKED = 4503599627370496 -- 2^52: beyond every place, and what a double still counts exactly
+local WEEK = 604800000 -- ms
+local GRACE = 200000 -- us a woken head may stay silent before it goes to the tail
+
+local FIELDS = {
+  'gen', -- birth, us; 0 = no gate yet
+  'cold', -- 1 while a gate that lost its data holds admissions
+  'last', -- time of the last call, us
+  'attempt', -- counter of claims and permits; starts at the birth, never repeats
+  'place', -- virtual time of the queue: the highest place taken
+  'processes', -- counter of process numbers
+  'in_use', -- sum of all held
+  'active', -- processes that hold or wait by ticket
+  'waiting', -- tickets
+  'ticket', -- counter of tickets
+  'level', -- concurrency allowed now, a float
+  'ceiling', -- what the level was last bounded by
+  'cut', -- attempt counter at the last cut
+  'oks', -- successes since the last growth
+  'quiet', -- when a run admitted since the last cut last ended, us
+  'pause', -- nothing is admitted before, us
+  'slack', -- us a grant may take to start
+  'slack_at', -- when the slack last changed, us
+  'due', -- earliest delayed run, us; 0 = none
+  'reap_at', -- no lease ends before, us
+  'woken_due', -- when the woken head was told to call, us
+  'touched', -- when the lifetimes were last renewed, us
+  'flows', -- number of flows served
+  'config_from', -- start of the process whose limits are in force, us
+  'max', 'min', 'initial', 'rate', 'window', 'lease', 'backoff', 'threshold', 'factor',
+}
+local TEXTS = { 'woken', 'override' }
+
+local function whole(number)
+  return string.format('%.0f', number)
+end
+
+local function exact(number)
+  return string.format(number % 1 == 0 and '%.0f' or '%.17g', number)
+end
+
+local function read_record(text)
+  local n, held, seq, extended, kind, idle, flows, ends =
+    string.match(text or '', '^(%d+) (%d+) (%d+) (%d) (%S) (%d) (%d+) (%d+)$')
+  if not n then return nil end
+  return {
+    number = tonumber(n), held = tonumber(held), seq = tonumber(seq), extended = extended == '1',
+    kind = kind, idle = idle == '1', flows = tonumber(flows), ends = tonumber(ends),
+  }
+end
+
+local function write_record(r)
+  return string.format('%.0f %.0f %.0f %d %s %d %.0f %.0f', r.number, r.held, r.seq,
+    r.extended and 1 or 0, r.kind, r.idle and 1 or 0, r.flows, r.ends)
+end
+
+local function is_active(record)
+  return (record.held > 0 or record.kind ~= '-') and 1 or 0
+end
+
+-- The state as numbers, what it was, and the record of `process`. A poisoned number reads as 0.
+local function load(process)
+  local names = { unpack(FIELDS) }
+  for _, name in ipairs(TEXTS) do names[#names + 1] = name end
+  names[#names + 1] = 'p:' .. process
+  local found = redis.call('HMGET', GATE, unpack(names))
+  local state, was = {}, {}
+  for i, name in ipairs(FIELDS) do
+    local value = tonumber(found[i] or '0') or 0
+    if value ~= value or value == math.huge or value == -math.huge then value = 0 end
+    state[name], was[name] = value, value
+  end
+  for i, name in ipairs(TEXTS) do
+    state[name] = found[#FIELDS + i] or ''
+    was[name] = state[name]
+  end
+  return state, was, read_record(found[#names])
+end
+
+-- Write what changed, with `extra` field, value pairs, in one command.
+local function save(state, was, extra)
+  local changes = extra or {}
+  for _, name in ipairs(FIELDS) do
+    if state[name] ~= was[name] then
+      changes[#changes + 1] = name
+      changes[#changes + 1] = exact(state[name])
+    end
+  end
+  for _, name in ipairs(TEXTS) do
+    if state[name] ~= was[name] then
+      changes[#changes + 1] = name
+      changes[#changes + 1] = state[name]
+    end
+  end
+  if #changes > 0 then redis.call('HSET', GATE, unpack(changes)) end
+end
+
+local function clock(state)
+  local now = tonumber(ARGV[2])
+  if not now then
+    local time = redis.call('TIME')
+    now = tonumber(time[1]) * 1000000 + tonumber(time[2])
+  end
+  return math.max(now, state.last)
+end
+
+-- If no script ran for more than 0.6 lease, Redis was frozen or everybody gone: leases that were alive
+-- at the last call are extended by the gap, each process once until it speaks again. Then note the time.
+local function extend_after_stall(state, now)
+  local gap = now - state.last
+  if state.gen > 0 and gap > 0.6 * state.lease then
+    local alive = redis.call('ZRANGEBYSCORE', LEASES, whole(state.last), '+inf', 'WITHSCORES')
+    for i = 1, #alive, 2 do
+      local record = read_record(redis.call('HGET', GATE, 'p:' .. alive[i]))
+      if record and not record.extended then
+        record.extended = true
+        record.ends = math.min(tonumber(alive[i + 1]) + gap, now + state.lease)
+        redis.call('ZADD', LEASES, whole(record.ends), alive[i])
+        redis.call('HSET', GATE, 'p:' .. alive[i], write_record(record))
+      end
+    end
+    state.reap_at = 0
+  end
+  state.last = now
+end
+
+local function queue_of(flow) return ROOT .. 'queue:' .. flow end
+local function idle_of(flow) return ROOT .. 'idle:' .. flow end
+
+local function read_job(text)
+  local attempt, place, deaths, refused, backs, flow =
+    string.match(text or '', '^(%d+) (%d+) (%d+) (%d+) (%d+) (.+)$')
+  if not attempt then return nil end
+  return {
+    attempt = tonumber(attempt), place = tonumber(place), deaths = tonumber(deaths),
+    refused = tonumber(refused), backs = tonumber(backs), flow = flow,
+  }
+end
+
+local function write_job(job)
+  return string.format('%.0f %.0f %d %d %d %s', job.attempt, job.place, job.deaths, job.refused, job.backs, job.flow)
+end
+
+local function publish(process, wait_us)
+  local limit = string.match(GATE, '{(.-)}')
+  redis.call('PUBLISH', 'pocketfleet:wake:' .. process, limit .. ' ' .. whole(wait_us))
+end
+
+-- Wake the process that has stood idle for the flow the longest; one that never hears asks by itself.
+local function wake_idle(flow, count)
+  local popped = redis.call('ZPOPMIN', idle_of(flow), count or 1)
+  for i = 1, #popped, 2 do publish(popped[i], 0) end
+end

@@ -1,0 +1,89 @@
+"""Every key of a gate, with its lifetime. All carry the limit's hash tag, so one slot holds them.
+
+| key | type | holds | lifetime |
+| --- | --- | --- | --- |
+| gate | hash | the state (see `gate.lua`), one record and one last answer per process | 7 days after the last call of a gate with flows, else max(window, 2 leases) + 60 s |
+| leases | zset | process -> end of its lease, us | as gate |
+| starts | list | latest moments at which the runs of the window may start, us, oldest first | as gate |
+| tickets | zset | process that waits for the gate -> ticket | as gate |
+| flows | set | names of the flows whose workers have called | as gate |
+| idle:FLOW | zset | process that found no job of FLOW -> when, us | as gate |
+| queue:FLOW | zset | job id -> place, or parked (2^52: waits for a time; 2^52 + n: claimed by process n) | until the job is done |
+| later | zset | job id -> due time, us; the job is parked in its queue too | until due |
+| jobs | hash | job id -> record from first claim to done | until the job is done |
+| override | string | the operator's values | none: the operator clears it |
+| batch:B, done:B, out:B, base:B | hash, bitmap, stream, string | a batch: counts, done bits, outcomes, shared store | deleted by the producer, else 7 days after its last outcome |
+| blob:B:I:A | string | an outcome too large for a call | 7 days |
+| arq:job:ID, arq:in-progress:ID | string | payload; claimed by | until done; while claimed |
+| arq:result:ID | string | arq's result record, where a flow sets `keep_result_s` | that long |
+"""
+
+from __future__ import annotations
+
+ROOT = "pocketfleet:"
+IN_PROGRESS = "arq:in-progress:"
+PAYLOAD = "arq:job:"
+RESULT = "arq:result:"
+BATCHES = ROOT + "batches"
+WORKERS = ROOT + "workers"
+
+
+def wake_channel(process: str) -> str:
+    """The pub/sub channel on which one process is woken; the message is '<limit>'."""
+    return f"{ROOT}wake:{process}"
+
+
+def worker_key(process: str) -> str:
+    """What one living worker says of itself; expires with two leases of silence."""
+    return f"{ROOT}worker:{process}"
+
+
+class GateKeys:
+    """The keys of one limit. `gate` is `pocketfleet:{name}:gate`; the others stand beside it."""
+
+    def __init__(self, limit: str) -> None:
+        self.limit = limit
+        self.root = f"{ROOT}{{{limit}}}:"
+        self.gate = self.root + "gate"
+        self.leases = self.root + "leases"
+        self.starts = self.root + "starts"
+        self.tickets = self.root + "tickets"
+        self.later = self.root + "later"
+        self.jobs = self.root + "jobs"
+        self.flows = self.root + "flows"
+        self.override = self.root + "override"
+
+    @property
+    def all(self) -> list[str]:
+        """KEYS of every script, in the order `gate.lua` names them."""
+        return [
+            self.gate,
+            self.leases,
+            self.starts,
+            self.tickets,
+            self.later,
+            self.jobs,
+            self.flows,
+            self.override,
+        ]
+
+    def queue(self, flow: str) -> str:
+        return f"{self.root}queue:{flow}"
+
+    def idle(self, flow: str) -> str:
+        return f"{self.root}idle:{flow}"
+
+    def batch(self, batch: str) -> str:
+        return f"{self.root}batch:{batch}"
+
+    def done(self, batch: str) -> str:
+        return f"{self.root}done:{batch}"
+
+    def out(self, batch: str) -> str:
+        return f"{self.root}out:{batch}"
+
+    def base(self, batch: str) -> str:
+        return f"{self.root}base:{batch}"
+
+    def blob(self, batch: str, index: int, attempt: int) -> str:
+        return f"{self.root}blob:{batch}:{index}:{attempt}"

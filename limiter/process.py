@@ -1,0 +1,210 @@
+"""What one event loop has open at Redis: an id, a client, its wake-ups, a pump per limit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import socket
+import uuid
+import weakref
+from collections.abc import Callable
+from time import monotonic
+
+from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
+
+from limiter.client import open_client, open_pubsub_client, open_sync_client
+from limiter.connect import find_redis
+from limiter.errors import LimitsError
+from limiter.limits import Limits
+from limiter.pump import Pump
+from limiter.renewal import Renewal
+from limiter.settings import FleetSettings, load
+from limiter.wake import WakeCalls
+
+log = logging.getLogger("pocketfleet.limiter")
+
+
+def new_process_id() -> str:
+    """Host, pid and a random part: new with every start and every fork."""
+    host = re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname())[:60] or "host"
+    return f"{host}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+
+
+class Process:
+    """Serves every limit that one event loop uses. Make one with `open_process`, end it with `close`."""
+
+    def __init__(
+        self,
+        client: AsyncRedis,
+        wake_client: AsyncRedis,
+        *,
+        renewal_client: Redis | None = None,
+        lease_s: float = 15.0,
+        stall_limit_s: float = 300.0,
+    ) -> None:
+        self.id = new_process_id()
+        self.client = client
+        self.lease_s = lease_s
+        self.pumps: dict[str, Pump] = {}
+        self._wake_client = wake_client
+        self._loop = asyncio.get_running_loop()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._calls = WakeCalls(wake_client, self.id, self._ring, self._ask_all)
+        self._renewal = None
+        if renewal_client is not None:
+            self._renewal = Renewal(self, renewal_client, lease_s, stall_limit_s)
+        self._trouble_since: float | None = None
+        self._closers: list[Callable[[], None]] = []
+        self._guard: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Subscribe, so that no wake-up of the first call is missed."""
+        self._tasks.append(asyncio.create_task(self._calls.listen(), name="pocketfleet-wake"))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2.0):
+                await self._calls.ready.wait()
+        if self._renewal is not None:
+            self._renewal.start()
+
+    def pump(self, limits: Limits | str) -> Pump:
+        """The pump of a limit; two different values for one name are refused."""
+        name = limits if isinstance(limits, str) else limits.name
+        pump = self.pumps.get(name)
+        if pump is None:
+            pump = self.pumps[name] = Pump(self, limits)
+            self._tasks.append(asyncio.create_task(pump.serve(), name=f"pocketfleet-pump-{name}"))
+        elif pump.limits is not limits and isinstance(limits, Limits) and pump.limits != limits:
+            if pump.limits is not None:
+                raise LimitsError(
+                    f"limit '{name}' is used with two different values in this process: "
+                    f"{_values(pump.limits)} and {_values(limits)}; use one",
+                    key="limit",
+                    value=name,
+                )
+            pump.adopt(limits)
+        return pump
+
+    def keep(self, task: asyncio.Task[None]) -> None:
+        """Hold a reference to a task that lives as long as the loop."""
+        self._guard = task
+
+    def on_close(self, close: Callable[[], None]) -> None:
+        """Run `close` after everything was given back."""
+        self._closers.append(close)
+
+    async def close(self) -> None:
+        """Give everything back and let go of Redis."""
+        for pump in self.pumps.values():
+            pump.closing = True
+            pump.kick()
+        pumps = [task for task in self._tasks if task.get_name() != "pocketfleet-wake"]
+        if pumps:
+            _, late = await asyncio.wait(pumps, timeout=5.0)
+            for task in late:
+                task.cancel()
+        await self._let_go()
+
+    async def _let_go(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._renewal is not None:
+            self._renewal.stop()
+        for client in (self.client, self._wake_client):
+            with contextlib.suppress(Exception):
+                await client.aclose()  # type: ignore[attr-defined]
+        while self._closers:
+            self._closers.pop()()
+
+    def _ring(self, limit: str, wait_s: float) -> None:
+        pump = self.pumps.get(limit)
+        if pump is not None:
+            pump.wake(wait_s)
+
+    def _ask_all(self) -> None:
+        for pump in self.pumps.values():
+            if pump.joined:
+                pump.kick()
+
+    def call_soon(self, act: Callable[[], None]) -> None:
+        """Run `act` on the loop, from any thread."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(act)
+
+    def trouble(self, error: BaseException) -> None:
+        """Say once that Redis does not serve us; `well` says when it is over."""
+        if self._trouble_since is None:
+            self._trouble_since = monotonic()
+            log.warning("redis.trouble error=%s: %.200s", type(error).__name__, error)
+
+    def well(self) -> None:
+        if self._trouble_since is not None:
+            log.warning("redis.back after_s=%.1f", monotonic() - self._trouble_since)
+            self._trouble_since = None
+
+    @property
+    def in_trouble(self) -> bool:
+        return self._trouble_since is not None
+
+
+def _values(limits: Limits) -> str:
+    return f"max_concurrent={limits.max_concurrent}, max_per_minute={limits.max_per_window}"
+
+
+async def open_process(url: str, *, lease_s: float = 15.0, stall_limit_s: float = 300.0) -> Process:
+    """A process at the Redis behind `url`, with its renewal thread running."""
+    process = Process(
+        open_client(url),
+        open_pubsub_client(url),
+        renewal_client=open_sync_client(url),
+        lease_s=lease_s,
+        stall_limit_s=stall_limit_s,
+    )
+    await process.start()
+    return process
+
+
+_of_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Task[Process]] = (
+    weakref.WeakKeyDictionary()
+)
+os.register_at_fork(after_in_child=_of_loop.clear)
+
+
+async def current_process(settings: FleetSettings | None = None) -> Process:
+    """The process of the running loop, opened at its first use and closed with the loop.
+
+    Joins the Redis of POCKETFLEET_REDIS_URL, or the embedded server, which it starts if none answers.
+    """
+    loop = asyncio.get_running_loop()
+    opening = _of_loop.get(loop)
+    if opening is None:
+        opening = loop.create_task(_open_default(settings or load(FleetSettings)))
+        _of_loop[loop] = opening
+        opening.add_done_callback(lambda task: _forget_failed(loop, task))
+    return await asyncio.shield(opening)
+
+
+def _forget_failed(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Process]) -> None:
+    if task.cancelled() or task.exception() is not None:
+        _of_loop.pop(loop, None)
+
+
+async def _open_default(settings: FleetSettings) -> Process:
+    place = await asyncio.to_thread(find_redis, settings, start=True)
+    process = await open_process(place.url, lease_s=settings.lease_s, stall_limit_s=settings.stall_limit_s)
+    process.on_close(place.close)
+    guard = asyncio.create_task(_close_with_loop(process), name="pocketfleet-guard")
+    process.keep(guard)
+    return process
+
+
+async def _close_with_loop(process: Process) -> None:
+    """`asyncio.run` cancels every task at its end: that is the moment to give everything back."""
+    try:
+        await asyncio.Event().wait()
+    finally:
+        await process.close()

@@ -1,0 +1,432 @@
+"""The pump: the one place of a process that talks to a limit's gate.
+
+User tasks touch local futures and counters only, so cancelling them can never leak a permit. The pump
+gathers everything that happened since its last call into one numbered call, repeats it unchanged until
+it is answered, and hands out what the answer grants.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Protocol
+
+from redis.exceptions import RedisError, ResponseError
+
+from limiter.errors import LimitsError
+from limiter.keys import GateKeys
+from limiter.limits import Limits
+from limiter.permit import Permit
+from limiter.script import script
+from limiter.sync import MOST, OK, SYNC, UNKNOWN, Answer, Call, Claimed, Entry, read_answer
+
+if TYPE_CHECKING:
+    from limiter.process import Process
+
+log = logging.getLogger("pocketfleet.limiter")
+
+MOST_BYTES = 256 * 1024
+"""Outcomes of one call, bytes."""
+
+
+class Crew(Protocol):
+    """Who runs the jobs a pump claims: the worker's side."""
+
+    flows: Sequence[str]
+
+    def room(self) -> int:
+        """How many more jobs it would take now."""
+
+    def take(self, jobs: list[Claimed], start_by: float, stamp: int) -> None:
+        """Start them; one that cannot start before `start_by` (monotonic seconds) is given back."""
+
+    def lost(self, job: str) -> None:
+        """The attempt is no longer ours: stop the run, its outcome will not be recorded."""
+
+
+class Pump:
+    """One event loop's dealings with one limit.
+
+    Attributes:
+        held: slots held now, permits and claims.
+        lease_until: monotonic second up to which the gate surely keeps them; start nothing after it.
+        answer: the gate's last answer, None before the first.
+    """
+
+    def __init__(self, process: Process, limits: Limits | str) -> None:
+        self.name = limits if isinstance(limits, str) else limits.name
+        self.limits = None if isinstance(limits, str) else limits
+        self._config = "" if isinstance(limits, str) else limits.as_argument()
+        self._process = process
+        self._keys = GateKeys(self.name).all
+        self._script = script(process.client, SYNC)
+        self._crew: Crew | None = None
+        self._waiters: deque[asyncio.Future[Permit]] = deque()
+        self._permits: set[Permit] = set()
+        self._claims: dict[str, Entry] = {}
+        self._news: deque[Entry] = deque()
+        self._returned: dict[int, int] = {}
+        self._late = False
+        self._successes = self._refused = self._pause_us = 0
+        self._seq = self._birth = self._started = self._cut = 0
+        self._remember_until = 0.0
+        self._override = ""
+        self._dirty = False
+        self._due = 0.0
+        self._sleeping: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._lease_watch: asyncio.TimerHandle | None = None
+        self._contact: list[asyncio.Future[None]] = []
+        self.joined = False
+        self.closing = False
+        self.held = 0
+        self.lease_until = 0.0
+        self.spoke_at = 0.0
+        self.answer: Answer | None = None
+
+    # --- what user tasks call: no I/O --------------------------------------------------------------
+
+    def queue(self, waiter: asyncio.Future[Permit], *, first: bool = False) -> None:
+        """Stand in line for a permit; the future gets it."""
+        if first:
+            self._waiters.appendleft(waiter)
+        else:
+            self._waiters.append(waiter)
+        # who stands in line already is told when to ask; more waiters change nothing until then
+        if len(self._waiters) == 1 or not self._blocked():
+            self.kick()
+
+    def release(self, permit: Permit) -> None:
+        """The block is over: its slot is free from the next call on."""
+        if permit in self._permits:
+            self._permits.discard(permit)
+            self.held -= 1
+            self.kick()
+
+    def return_unused(self, permit: Permit) -> None:
+        """The block never started: its place in the window comes back too."""
+        if permit in self._permits:
+            self._give_back_start(permit.stamp)
+            self.release(permit)
+
+    def succeed(self, attempt: int) -> None:
+        """One unit of work admitted as `attempt` went well (feeds the adaptive level)."""
+        if attempt > self._cut:
+            self._successes += 1
+
+    def refuse(self, attempt: int, pause_s: float = 0.0) -> None:
+        """The protected API refused a run admitted as `attempt`; it asks for a pause of that long."""
+        self._refused = max(self._refused, attempt)
+        self._pause_us = max(self._pause_us, round(pause_s * 1e6))
+        self.kick()
+
+    def adopt(self, limits: Limits) -> None:
+        """Bring values for a name that was used without."""
+        self.limits, self._config = limits, limits.as_argument()
+        self.kick()
+
+    def employ(self, crew: Crew) -> None:
+        """From now on claim jobs for `crew`."""
+        self._crew = crew
+        self.kick()
+
+    def dismiss(self) -> None:
+        """Claim no more jobs."""
+        self._crew = None
+        self.kick()
+
+    def of_flow(self, job: str, number: int) -> None:
+        """Say which of the crew's flows (from 1) a claimed job belongs to."""
+        self._claims[job].flow = number
+
+    def flow_number(self, job: str) -> int:
+        """Which of the crew's flows a job belongs to, as far as is known."""
+        claim = self._claims.get(job)
+        return claim.flow if claim else 1
+
+    def settle(self, entry: Entry, *extra: Entry) -> None:
+        """A claimed run is over (or goes back): free its slot and record it in the next call."""
+        if self._claims.pop(entry.job, None) is not None:
+            self.held -= 1
+        self._news.extend((*extra, entry))
+        self.kick()
+
+    def return_job(self, entry: Entry, stamp: int) -> None:
+        """A claimed job that could not start in time goes back to its place, with its start."""
+        self._late = True
+        self._give_back_start(stamp)
+        self.settle(entry)
+
+    def kick(self) -> None:
+        """Something changed: call as soon as no call is in flight."""
+        if not self._dirty:
+            self._dirty = True
+            self._rouse()
+
+    def wake(self, wait_s: float) -> None:
+        """The gate says it is worth asking in `wait_s` seconds."""
+        self._due = min(self._due, monotonic() + wait_s)
+        if wait_s <= 0:
+            self._dirty = True
+        self._rouse()
+
+    @property
+    def safe(self) -> bool:
+        """Whether the lease surely still holds."""
+        return monotonic() < self.lease_until
+
+    async def contact(self) -> None:
+        """Wait for the next answer of the gate."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._contact.append(waiter)
+        self.kick()
+        await waiter
+
+    # --- the loop ----------------------------------------------------------------------------------
+
+    async def serve(self) -> None:
+        """Call whenever something changed or the gate said so; leave when closed or cancelled."""
+        try:
+            while not (self.closing and not self._news and not self._returned):
+                await self._sleep()
+                if self.closing and not self.joined and not self._news:
+                    return
+                await self._exchange()
+        finally:
+            await self._leave()
+
+    async def _exchange(self) -> None:
+        call = self._compose()
+        first_sent = monotonic()
+        reply, sent = await self._ask(call)
+        try:
+            self._apply(call, read_answer(reply), first_sent, sent)
+        except Exception:
+            # a fault of ours must not end the only task that keeps the lease
+            log.exception("pump.fault limit=%s", self.name)
+            self.kick()
+
+    async def _sleep(self) -> None:
+        """Until something changed or the next call is due."""
+        if self._dirty:
+            await asyncio.sleep(0)  # let everything that is ready now ride on the same call
+            return
+        self._sleeping = asyncio.get_running_loop().create_future()
+        if self.joined or self._wanted():
+            self._set_timer()
+        try:
+            await self._sleeping
+        finally:
+            self._sleeping = None
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        delay = max(0.0, self._due - monotonic())
+        self._timer = asyncio.get_running_loop().call_later(delay, self._end_sleep)
+
+    def _end_sleep(self) -> None:
+        if self._sleeping is not None and not self._sleeping.done():
+            self._sleeping.set_result(None)
+
+    def _rouse(self) -> None:
+        if self._dirty:
+            self._end_sleep()
+        elif self._sleeping is not None:
+            self._set_timer()
+
+    def _wanted(self) -> bool:
+        return bool(self._waiters or self._crew or self.held)
+
+    def _blocked(self) -> bool:
+        return self.answer is not None and self.answer.reason in ("level", "window", "pause", "cold", "turn")
+
+    def _compose(self) -> Call:
+        self._dirty = False
+        self._seq += 1
+        while self._waiters and self._waiters[0].done():
+            self._waiters.popleft()
+        crew = self._crew
+        remember = self.held > 0 or monotonic() < self._remember_until
+        call = Call(
+            self._process.id,
+            self._seq,
+            held=self.held,
+            permits=len(self._waiters),
+            jobs=crew.room() if crew and not self.closing else 0,
+            birth=self._birth if remember else 0,
+            started=self._started,
+            limits=self._config,
+            override=self._override,
+            successes=self._successes,
+            counted_under=self._cut,
+            refused=self._refused,
+            pause_us=self._pause_us,
+            returned=self._returned_text(),
+            leave=not self._wanted(),
+            flows=crew.flows if crew else (),
+            entries=self._take_news(),
+        )
+        self._successes = self._refused = self._pause_us = 0
+        return call
+
+    def _returned_text(self) -> str:
+        text = " ".join(f"{stamp} {count}" for stamp, count in self._returned.items())
+        text = f"late {text}" if self._late and text else text
+        self._returned.clear()
+        self._late = False
+        return text
+
+    def _take_news(self) -> list[Entry]:
+        entries: list[Entry] = []
+        size = 0
+        while self._news and len(entries) < MOST and size < MOST_BYTES:
+            entry = self._news.popleft()
+            size += len(entry.arg) if isinstance(entry.arg, bytes) else 8
+            entries.append(entry)
+        if self._news:
+            self._dirty = True
+        return entries
+
+    async def _ask(self, call: Call) -> tuple[Any, float]:
+        """Send the call until it is answered; the gate answers a repeated number as the first time."""
+        args, pause_s = call.argv(), 0.05
+        while True:
+            sent = monotonic()
+            try:
+                reply = await self._script(keys=self._keys, args=args)
+                self._process.well()
+                return reply, sent
+            except (RedisError, OSError) as error:
+                if isinstance(error, ResponseError) and str(error).startswith("NOLIMITS"):
+                    self._fail_waiters(error)
+                self._process.trouble(error)
+            await asyncio.sleep(pause_s)
+            pause_s = min(1.0, pause_s * 2)
+
+    def _fail_waiters(self, error: Exception) -> None:
+        sentence = f"limit '{self.name}' has no values yet: give max_concurrent= where it is first used"
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_exception(LimitsError(sentence, key="limit", value=self.name))
+
+    # --- what an answer changes --------------------------------------------------------------------
+
+    def _apply(self, call: Call, answer: Answer, first_sent: float, sent: float) -> None:
+        self.answer = answer
+        if answer.status not in (OK, UNKNOWN):
+            log.error("pump.stale limit=%s seq=%d", self.name, call.seq)
+            self._news.extendleft(reversed(call.entries))
+            self.kick()
+            return
+        self._birth, self._started, self._cut = answer.birth, answer.started, answer.cut
+        self._override = answer.override
+        self.joined = not call.leave
+        self.spoke_at = monotonic()
+        self.lease_until = sent + answer.lease_s - self.margin_s
+        self._due = monotonic() + answer.wait_s
+        self._hear_refused(call, answer.refused)
+        if answer.status == UNKNOWN:
+            self._news.extendleft(reversed([*self._claims.values()]))
+            self.kick()
+        if answer.stamp:
+            self._remember_until = monotonic() + (self.limits.window_s if self.limits else 60.0)
+        start_by = first_sent + answer.slack_s if answer.stamp else float("inf")
+        self._hand_out_permits(answer, start_by)
+        self._hand_out_jobs(answer, start_by)
+        self._watch_lease()
+        for waiter in self._contact:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._contact.clear()
+
+    @property
+    def margin_s(self) -> float:
+        """How long before its end a lease counts as lost: 2 s of the default 15."""
+        lease_s = self.limits.lease_s if self.limits else 15.0
+        return min(2.0, lease_s * 2 / 15)
+
+    def _hear_refused(self, call: Call, refused: list[str]) -> None:
+        if not refused:
+            return
+        kept = {entry.job for entry in call.entries if entry.what == "keep"}
+        for job in refused:
+            log.info("claim.lost limit=%s job=%s", self.name, job)
+            if job in kept and self._claims.pop(job, None) is not None:
+                self.held -= 1
+                self._dirty = True
+                if self._crew:
+                    self._crew.lost(job)
+
+    def _hand_out_permits(self, answer: Answer, start_by: float) -> None:
+        first_attempt = answer.attempt - answer.permits + 1
+        for number in range(answer.permits):
+            permit = Permit(self, first_attempt + number, answer.stamp, start_by)
+            self._permits.add(permit)
+            self.held += 1
+            while self._waiters:
+                waiter = self._waiters.popleft()
+                if not waiter.done():
+                    waiter.set_result(permit)
+                    break
+            else:
+                self.return_unused(permit)  # whoever asked for it was cancelled meanwhile
+
+    def _hand_out_jobs(self, answer: Answer, start_by: float) -> None:
+        if self._crew is None:
+            return
+        self.held += len(answer.jobs)
+        for job in answer.jobs:
+            self._claims[job.id] = Entry(job.id, job.attempt, 1, "keep")
+        self._crew.take(answer.jobs, start_by, answer.stamp)
+
+    def _give_back_start(self, stamp: int) -> None:
+        if stamp:
+            self._returned[stamp] = self._returned.get(stamp, 0) + 1
+
+    def late(self, permit: Permit) -> None:
+        """The permit's block cannot start in time: slot and start go back, and the slack grows."""
+        self._late = True
+        self.return_unused(permit)
+
+    # --- the lease ---------------------------------------------------------------------------------
+
+    def _watch_lease(self) -> None:
+        if self._permits and self._lease_watch is None:
+            delay = max(0.0, self.lease_until - monotonic())
+            self._lease_watch = asyncio.get_running_loop().call_later(delay, self._lease_check)
+
+    def _lease_check(self) -> None:
+        self._lease_watch = None
+        if not self.safe:
+            for permit in list(self._permits):
+                permit.lose()
+        elif self._permits:
+            self._watch_lease()
+
+    # --- the end -----------------------------------------------------------------------------------
+
+    async def _leave(self) -> None:
+        """Give everything back in one last call, also while the loop is being cancelled."""
+        if self._lease_watch is not None:
+            self._lease_watch.cancel()
+        for waiter in self._waiters:
+            waiter.cancel()
+        if not self.joined:
+            return
+        self.joined = False
+        call = self._compose()
+        call.held, call.permits, call.jobs, call.leave = 0, 0, 0, True
+        call.entries += [Entry(e.job, e.attempt, e.flow, "hand") for e in self._claims.values()]
+        try:
+            async with asyncio.timeout(2.0):
+                await self._script(keys=self._keys, args=call.argv())
+        except (RedisError, OSError, TimeoutError) as error:
+            log.warning("pump.left_unheard limit=%s error=%s", self.name, type(error).__name__)

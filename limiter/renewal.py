@@ -1,0 +1,66 @@
+"""Leases kept by a thread, so that user code which blocks the event loop keeps its slots and jobs.
+
+The thread renews a pump's lease when the pump itself has not been answered for 0.4 lease, and stops
+doing so when the loop has been stuck for longer than the stall limit: such a process counts as dead.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+from limiter.keys import GateKeys
+from limiter.script import sync_script
+from limiter.sync import RENEW
+
+if TYPE_CHECKING:
+    from limiter.process import Process
+
+log = logging.getLogger("pocketfleet.limiter")
+
+
+class Renewal:
+    """A daemon thread with a client of its own. `stop()` ends it."""
+
+    def __init__(self, process: Process, client: Redis, lease_s: float, stall_limit_s: float) -> None:
+        self._process = process
+        self._client = client
+        self._script = sync_script(client, RENEW)
+        self._lease_s = lease_s
+        self._stall_limit_s = stall_limit_s
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pocketfleet-renewal", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._lease_s / 15):
+            for pump in list(self._process.pumps.values()):
+                silent_s = monotonic() - pump.spoke_at
+                if pump.joined and 0.4 * self._lease_s < silent_s < self._stall_limit_s:
+                    self._renew(pump.name)
+        self._client.close()
+
+    def _renew(self, limit: str) -> None:
+        sent = monotonic()
+        try:
+            lease_us = int(self._script(keys=GateKeys(limit).all, args=[self._process.id, ""]))
+        except (RedisError, OSError) as error:
+            log.debug("lease.not_renewed limit=%s error=%s", limit, type(error).__name__)
+            return
+        pump = self._process.pumps.get(limit)
+        if pump is None:
+            return
+        if lease_us > 0:
+            pump.lease_until = max(pump.lease_until, sent + lease_us / 1e6 - pump.margin_s)
+        else:
+            self._process.call_soon(pump.kick)

@@ -1,0 +1,153 @@
+"""The one call to the gate, typed: what a process says (`Call`) and what it hears (`Answer`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SYNC = Path(__file__).with_name("sync.lua")
+RENEW = Path(__file__).with_name("renew.lua")
+MOST = 1000
+"""Entries and jobs of one call, each."""
+
+OK, UNKNOWN, STALE = 0, 1, -1
+
+
+@dataclass(slots=True)
+class Entry:
+    """One claimed job's news: how it ended, or that it goes back, or that it still runs.
+
+    `what`: a status of an ended run (`arg` = encoded outcome), `blob:<status>`, `result:<ms>`,
+    `refuse` (`arg` = delay in us), `back`, `hand` or `keep`, as in `sync.lua`.
+    """
+
+    job: str
+    attempt: int
+    flow: int
+    what: str
+    arg: bytes | int | str = ""
+
+
+@dataclass(slots=True)
+class Claimed:
+    """A job taken off the queue together with its permit."""
+
+    id: str
+    attempt: int
+    deaths: int
+    refusals: int
+    hand_backs: int
+    payload: bytes
+
+
+@dataclass(slots=True)
+class Call:
+    """One numbered call. Sent again unchanged until it is answered."""
+
+    process: str
+    seq: int
+    held: int = 0
+    permits: int = 0
+    jobs: int = 0
+    birth: int = 0
+    started: int = 0
+    limits: str = ""
+    override: str = ""
+    successes: int = 0
+    counted_under: int = 0
+    refused: int = 0
+    pause_us: int = 0
+    returned: str = ""
+    leave: bool = False
+    flows: Sequence[str] = ()
+    entries: list[Entry] = field(default_factory=list)
+
+    def argv(self, now_us: int | None = None) -> list[Any]:
+        """ARGV of `sync.lua`; `now_us` only in tests."""
+        args: list[Any] = [
+            self.process,
+            "" if now_us is None else now_us,
+            self.seq,
+            self.held,
+            self.permits,
+            min(self.jobs, MOST),
+            self.birth,
+            self.started,
+            self.limits,
+            self.override,
+            self.successes,
+            self.counted_under,
+            self.refused,
+            self.pause_us,
+            self.returned,
+            1 if self.leave else 0,
+            len(self.flows),
+            *self.flows,
+        ]
+        for entry in self.entries:
+            args += (entry.job, entry.attempt, entry.flow, entry.what, entry.arg)
+        return args
+
+
+@dataclass(slots=True)
+class Answer:
+    """What the gate said. Times are microseconds of Redis' clock unless named `_s`."""
+
+    status: int
+    permits: int
+    wait_s: float
+    now: int
+    birth: int
+    started: int
+    cut: int
+    level: float
+    in_use: int
+    used: int
+    stamp: int
+    slack_s: float
+    lease_s: float
+    reason: str
+    attempt: int
+    override: str
+    refused: list[str]
+    jobs: list[Claimed]
+
+
+def read_answer(reply: Sequence[Any]) -> Answer:
+    """Decode the reply of `sync.lua` (bytes, as redis-py gives it)."""
+    head = reply[0].decode().split(" ")
+    if head[0] == "-1":
+        return Answer(STALE, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, "-", 0, "", [], [])
+    jobs = [
+        Claimed(
+            reply[i].decode(),
+            int(reply[i + 1]),
+            int(reply[i + 2]),
+            int(reply[i + 3]),
+            int(reply[i + 4]),
+            reply[i + 5],
+        )
+        for i in range(3, len(reply), 6)
+    ]
+    return Answer(
+        status=int(head[0]),
+        permits=int(head[1]),
+        wait_s=int(head[2]) / 1e6,
+        now=int(head[3]),
+        birth=int(head[4]),
+        started=int(head[5]),
+        cut=int(head[6]),
+        level=float(head[7]),
+        in_use=int(head[8]),
+        used=int(head[9]),
+        stamp=int(head[10]),
+        slack_s=int(head[11]) / 1e6,
+        lease_s=int(head[12]) / 1e6,
+        reason=head[13],
+        attempt=int(head[14]),
+        override=reply[1].decode(),
+        refused=reply[2].decode().split(),
+        jobs=jobs,
+    )

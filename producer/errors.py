@@ -1,0 +1,33 @@
+"""What the producer refuses, and in which words. A command that meets one ends with exit code 2."""
+
+from __future__ import annotations
+
+
+class ProducerError(Exception):
+    """Base of every error the producer raises. Its text is meant for people."""
+
+
+class ParamsError(ProducerError, ValueError):
+    """One item's params cannot travel. Carries `index` and the `path` of the entry, such as `'user'[2]`."""
+
+    def __init__(self, sentence: str, *, index: int, path: str = "") -> None:
+        super().__init__(sentence)
+        self.index = index
+        self.path = path
+
+
+class InputError(ProducerError, ValueError):
+    """A file or a `--set` on the command line cannot be read. Carries `source` and `line` (0: none)."""
+
+    def __init__(self, sentence: str, *, source: str = "", line: int = 0) -> None:
+        super().__init__(sentence)
+        self.source = source
+        self.line = line
+
+
+class SpoolError(ProducerError):
+    """A batch's spool cannot be written, found, read or had for oneself. Carries `batch`."""
+
+    def __init__(self, sentence: str, *, batch: str = "") -> None:
+        super().__init__(sentence)
+        self.batch = batch

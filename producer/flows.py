@@ -1,0 +1,233 @@
+"""The flow classes that users subclass."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from pocketflow import AsyncParallelBatchFlow
+
+from limiter.errors import LimitsError
+from limiter.limits import Limits, checked_count, checked_name
+from limiter.permit import acquire
+from limiter.process import current_process
+from producer.errors import ProducerError
+from worker.contract import FOUND_NAME, limit_of
+
+
+class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[misc]
+    """Runs its node graph once per param dict of `prep_async`, under limits that hold across the fleet.
+
+    Class attributes, each also a keyword:
+        max_concurrent_flows: runs at a time in the whole fleet (5).
+        max_flows_per_minute: starts in any 60 s in the whole fleet, or None (None).
+        name: the flow's name; default: the `module:attribute` it is found under.
+        limit: name of its limit, shared by every flow that names it; default: the flow's name.
+        local_keys: keys of the shared store that stay with the caller (clients, connections).
+        merge: `merge(key, mine, theirs)` joins an entry that several runs changed differently.
+        conflicts: "last" (the last item in input order wins, default) or "fail" (stop the batch).
+        keep_result_s: seconds arq's own result of each job is kept (0: not).
+        inline_sync_nodes: run sync nodes on the event loop instead of in a thread of the run.
+
+    `await flow.run_async(shared)` runs the flows in this process; `await flow.run_on_fleet(shared)`
+    has the fleet's workers run them. `flow.stats` tells the counts afterwards.
+
+    Raises:
+        LimitsError: a value that cannot hold, at construction.
+    """
+
+    max_concurrent_flows: int = 5
+    max_flows_per_minute: int | None = None
+    name: str | None = None
+    limit: str | None = None
+    local_keys: Iterable[str] = ()
+    merge: Callable[[Any, Any, Any], Any] | None = None
+    conflicts: str = "last"
+    keep_result_s: float = 0
+    inline_sync_nodes: bool = False
+    window_s: float = 60.0
+
+    _keywords = (
+        "max_concurrent_flows",
+        "max_flows_per_minute",
+        "name",
+        "limit",
+        "local_keys",
+        "merge",
+        "conflicts",
+        "keep_result_s",
+        "inline_sync_nodes",
+        "window_s",
+    )
+
+    def __init__(self, start: Any = None, **values: Any) -> None:
+        super().__init__(start=start)
+        for key, value in values.items():
+            if key not in self._keywords:
+                raise TypeError(f"{type(self).__name__} has no keyword '{key}' (it has: {', '.join(self._keywords)})")
+            if value is not None:
+                setattr(self, key, value)
+        self._check()
+        self._completed = self._failed = 0
+
+    def _check(self) -> None:
+        checked_count(self.max_concurrent_flows, "max_concurrent_flows")
+        checked_count(self.max_flows_per_minute, "max_flows_per_minute", none_ok=True)
+        for key in ("name", "limit"):
+            value = getattr(self, key)
+            if value is not None:
+                checked_name(value, key)
+        if self.conflicts not in ("last", "fail"):
+            raise LimitsError(
+                f"conflicts={self.conflicts!r} cannot hold: use 'last' or 'fail'", key="conflicts", value=self.conflicts
+            )
+
+    # --- hooks -------------------------------------------------------------------------------------
+
+    async def on_worker_start(self) -> None:
+        """Open what runs need (clients, pools), once per worker process. Override it."""
+
+    async def on_worker_stop(self) -> None:
+        """Close it. Override it."""
+
+    # --- names and limits --------------------------------------------------------------------------
+
+    def fleet_name(self, found_under: str | None = None) -> str:
+        """The flow's name: `name`, else the target it was found under.
+
+        Raises:
+            LimitsError: it has no name, or cannot have the one it was found under.
+        """
+        if self.name is not None:
+            return self.name
+        found = found_under or found_name(self)
+        if found is None or not FOUND_NAME.fullmatch(found):
+            raise LimitsError(
+                f"this {type(self).__name__} was found under {found or 'no name'}, so workers could not find it: "
+                "give it a name= and keep it in a module of yours",
+                key="name",
+                value=found,
+            )
+        return found
+
+    def fleet_limits(self, flow_name: str, lease_s: float) -> Limits:
+        """The limit the flow runs under."""
+        return Limits(
+            self.limit or limit_of(flow_name),
+            max_concurrent=self.max_concurrent_flows,
+            max_per_window=self.max_flows_per_minute,
+            window_s=self.window_s,
+            lease_s=lease_s,
+        )
+
+    def _own_name(self) -> str:
+        """The name in its own process, where a flow found under none may run too."""
+        if self.name is not None:
+            return self.name
+        found = found_name(self)
+        if found is not None and FOUND_NAME.fullmatch(found):
+            return found
+        kind = type(self)
+        text = f"{kind.__module__}.{kind.__qualname__}"
+        values = repr([(key, repr(getattr(self, key))) for key in self._keywords])
+        digest = hashlib.blake2b(values.encode(), digest_size=6).hexdigest()
+        return re.sub(r"[^A-Za-z0-9_.-]", "_", text)[:100] + "." + digest
+
+    # --- running -----------------------------------------------------------------------------------
+
+    async def _run_async(self, shared: Any) -> Any:
+        """PocketFlow's `run_async`: every run in this process, under the fleet-wide limit."""
+        prepared = list(await self.prep_async(shared) or [])
+        process = await current_process()
+        pump = process.pump(self.fleet_limits(self._own_name(), process.lease_s))
+        self._completed = self._failed = 0
+
+        async def run(params: dict[str, Any]) -> Any:
+            permit = await acquire(pump)
+            try:
+                result = await self._orch_async(shared, {**self.params, **params})
+            except Exception:
+                self._failed += 1
+                raise
+            else:
+                self._completed += 1
+                pump.succeed(permit.attempt)
+                return result
+            finally:
+                permit.release()
+
+        results = await asyncio.gather(*(run(params) for params in prepared), return_exceptions=True)
+        return await self.post_async(shared, prepared, results)
+
+    async def run_on_fleet(
+        self, shared: Any, *, batch: str | None = None, workers: int | None = None, output: str | Path | None = None
+    ) -> Any:
+        """Have the fleet run the flows; return what `post_async(shared, prep_res, results)` returns.
+
+        Enqueues one job per param dict of `prep_async`, follows the batch, and merges what each run
+        changed into `shared`. `results` holds the last action of each run in input order, and a
+        `FlowFailed` for each that did not complete.
+
+        Args:
+            batch: id of the batch; the same id again runs only what is missing. Default: a new one.
+            workers: None uses the workers that are there, 0 runs them in this process, n starts n.
+            output: a file that gets one JSON line per item.
+
+        Raises:
+            ParamsError, LimitsError, SettingsError: something cannot be used; nothing was enqueued.
+            RedisRefused: Redis cannot be reached or refuses us.
+        """
+        from producer.fleet_run import FleetRun
+
+        run = FleetRun(self, shared, batch=batch, workers=workers, output=output)
+        try:
+            return await run.go()
+        finally:
+            self._completed, self._failed = run.completed, run.failed
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Limits and counts of the last run."""
+        return {
+            "max_concurrent_flows": self.max_concurrent_flows,
+            "max_flows_per_minute": self.max_flows_per_minute,
+            "completed_flows": self._completed,
+            "failed_flows": self._failed,
+        }
+
+
+class FlowFailed(ProducerError):
+    """Stands in the results for a run that did not complete. Carries `index`, `status` and `failure`."""
+
+    def __init__(self, index: int, status: str, failure: Any) -> None:
+        reason = f": {failure.type}: {failure.message}" if failure else ""
+        where = f" in {failure.node}" if failure and failure.node else ""
+        super().__init__(f"item {index} {status}{where}{reason}")
+        self.index = index
+        self.status = status
+        self.failure = failure
+
+
+def found_name(flow: object) -> str | None:
+    """The `module:attribute` under which a loaded module holds `flow`; a script counts as its file."""
+    for name, module in list(sys.modules.items()):
+        for attribute, value in list(getattr(module, "__dict__", {}).items()):
+            if value is flow and not attribute.startswith("_"):
+                if name == "__main__":
+                    path = getattr(module, "__file__", None)
+                    return f"{_module_of(Path(path))}:{attribute}" if path else None
+                return f"{name}:{attribute}"
+    return None
+
+
+def _module_of(path: Path) -> str:
+    """The name under which another process would import a script: `python -m a.b` keeps its package."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is not None and spec.name != "__main__":
+        return str(spec.name)
+    return path.stem

@@ -1,0 +1,355 @@
+"""What enters from outside: `--set`, `--shared`, `--params`, and the check of each param dict."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import shlex
+import stat
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from producer.errors import InputError, ParamsError
+from worker import codec
+
+MAX_PARAMS_BYTES = 262_144
+LONGEST_LINE = 16 * 1024 * 1024
+STDIN = "-"
+
+_SCALARS = frozenset((str, int, float, bool, bytes, type(None)))
+_TEXT = frozenset((str,))
+_Reader = Callable[[Iterator[tuple[int, bytes]], str], Iterator[dict[str, Any]]]
+_BOM = b"\xef\xbb\xbf"
+
+
+def checked_params(
+    index: int, value: object, max_bytes: int = MAX_PARAMS_BYTES, where: str = "prep_async"
+) -> bytes:
+    """One param dict, encoded, after making sure that it arrives equal and of the same types.
+
+    Tuples are the exception: they arrive as lists. `where` names the source in the sentence.
+
+    Raises:
+        ParamsError: with the item's index and the path of the first entry that cannot travel.
+    """
+    if type(value) is not dict:
+        problem = f" is of type {type(value).__name__}, not dict; pass one dict of params per item"
+        raise _refused(index, where, problem)
+    encoded = _plain_encoded(value) or _compared(index, value, where)
+    if len(encoded) > max_bytes:
+        sizes = f"takes {len(encoded):,} bytes encoded, {max_bytes:,} are allowed"
+        problem = f" {sizes}; pass a path or a key to the data"
+        raise _refused(index, where, problem)
+    return encoded
+
+
+def _plain_encoded(params: dict[Any, Any]) -> bytes | None:
+    """The encoded dict if its types alone show that it comes back as it is, else None."""
+    if not _all_text(params) or not _plain(params.values(), codec.DEPTH):
+        return None
+    try:
+        return codec.encode(params)
+    except (ValueError, OverflowError):  # a lone surrogate or an int past 64 bits: `_compared` names it
+        return None
+
+
+def _plain(entries: Iterable[Any], depth: int) -> bool:
+    for entry in entries:
+        kind = type(entry)
+        if kind in _SCALARS:
+            if kind is float and math.isnan(entry):
+                return False
+        elif kind is dict:
+            if depth == 0 or not _all_text(entry) or not _plain(entry.values(), depth - 1):
+                return False
+        elif (kind is not list and kind is not tuple) or depth == 0 or not _plain(entry, depth - 1):
+            return False
+    return True
+
+
+def _all_text(keys: Iterable[Any]) -> bool:
+    return _TEXT.issuperset(map(type, keys))
+
+
+def _compared(index: int, params: dict[Any, Any], where: str) -> bytes:
+    for key in params:
+        if type(key) is not str:
+            problem = f": the key {key!r:.80} is of type {type(key).__name__}, not str; use text keys"
+            raise _refused(index, where, problem)
+    try:
+        codec.blame(params, "", 0)  # bounds the depth before anything recurses
+        return codec.travels(params)
+    except codec.CannotTravel as fault:
+        path = fault.path if len(fault.path) <= 120 else f"{fault.path[:80]} ... {fault.path[-35:]}"
+        raise _refused(index, where, f": {path or 'it'} {fault.reason}", fault.path) from None
+
+
+def _refused(index: int, where: str, problem: str, path: str = "") -> ParamsError:
+    return ParamsError(f"item {index} of {where}{problem}. Nothing was enqueued.", index=index, path=path)
+
+
+def parse_set(settings: Iterable[str]) -> dict[str, Any]:
+    """The entries of several `--set key=JSON`, in their order.
+
+    >>> parse_set(["user_ids=[1,2,3]", 'name="bob"'])
+    {'user_ids': [1, 2, 3], 'name': 'bob'}
+
+    Raises:
+        InputError: no '=', no key, a key given twice, or a value that is not JSON.
+    """
+    shared: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        shown = f"--set {_shown(setting)}"
+        if not equals or not key:
+            raise InputError(f"{shown}: write it as --set key=VALUE, VALUE being JSON", source="--set")
+        if key in shared:
+            raise InputError(f"{shown}: {key!r:.80} is set twice; keep one", source="--set")
+        try:
+            shared[key] = _json(text)
+        except _NotJson as fault:
+            mend = _set_mend(key, text)
+            sentence = f"{shown}: {_shown(repr(text))} is not JSON; {mend}"
+            if fault.ours:
+                sentence = f"{shown}: {fault}"
+            raise InputError(sentence, source="--set") from None
+    return shared
+
+
+def _set_mend(key: str, text: str) -> str:
+    constant = {"True": "true", "False": "false", "None": "null"}.get(text)
+    if constant:
+        return f"JSON writes it --set {shlex.quote(f'{key}={constant}')}"
+    if text[:1] in ("[", "{", '"'):
+        example = shlex.quote(key + '=["a", 1]')
+        return f"the shell eats double quotes, so put single ones around all of it: --set {example}"
+    quoted = json.dumps(text, ensure_ascii=False)
+    return f"text needs quotes: --set {_shown(shlex.quote(f'{key}={quoted}'))}"
+
+
+def read_shared(path: str) -> dict[str, Any]:
+    """The shared store from a file that holds one JSON object; '-' reads standard input.
+
+    Raises:
+        InputError: the file cannot be read, or its text at line and column is not such an object.
+    """
+    with _opened(path) as (file, name):
+        data = file.read().removeprefix(_BOM)
+    if not data.strip():
+        raise InputError(f"{name} is empty; it must hold one JSON object", source=name)
+    value = _json_of(data, name, 0)
+    if not isinstance(value, dict):
+        raise InputError(f"{name} holds {_kind(value)}; it must hold one JSON object", source=name)
+    return value
+
+
+def merged_shared(from_set: dict[str, Any], from_file: dict[str, Any]) -> dict[str, Any]:
+    """Both sources as one shared store; a key in both is an `InputError`."""
+    for key in from_set:
+        if key in from_file:
+            raise InputError(
+                f"{key!r:.80} is given by --set and by --shared; keep one of them", source="--set"
+            )
+    return {**from_file, **from_set}
+
+
+def read_params(path: str) -> Iterator[dict[str, Any]]:
+    """The param dicts of a `.jsonl`/`.ndjson` or `.csv` file, one by one, in flat memory.
+
+    '-' reads JSON lines from standard input. Blank lines are skipped; cells of a CSV are text. A wrong
+    name is refused by this call, a bad line when the iteration reaches it.
+
+    Raises:
+        InputError: with the file, the line's number and the reason.
+    """
+    suffix = ".jsonl" if path == STDIN else Path(path).suffix.lower()
+    if suffix not in (".jsonl", ".ndjson", ".csv"):
+        raise InputError(f"{path!r}: cannot tell its format; name it .jsonl, .ndjson or .csv", source=path)
+    _check_path(path)
+    return _read_items(path, _csv_items if suffix == ".csv" else _json_items)
+
+
+def _read_items(path: str, reader: _Reader) -> Iterator[dict[str, Any]]:
+    with _opened(path) as (file, name):
+        empty = True
+        for item in reader(_lines(file, name), name):
+            empty = False
+            yield item
+    if empty:
+        raise InputError(f"{name} holds no items; write one per line", source=name)
+
+
+def _json_items(lines: Iterator[tuple[int, bytes]], name: str) -> Iterator[dict[str, Any]]:
+    for number, line in lines:
+        if not line or line.isspace():
+            continue
+        item = _json_of(line, name, number)
+        if not isinstance(item, dict):
+            _bad_line(name, number, f"holds {_kind(item)}; write one JSON object per line")
+        yield item
+
+
+def _csv_items(lines: Iterator[tuple[int, bytes]], name: str) -> Iterator[dict[str, Any]]:
+    rows = _csv_rows(lines, name)
+    number, header = next(rows, (0, []))
+    _check_header(header, name, number)
+    for number, row in rows:
+        if len(row) != len(header):
+            _bad_line(name, number, f"cells: {len(row)}, in the header {len(header)}; give each row as many")
+        yield dict(zip(header, row, strict=True))
+
+
+def _csv_rows(lines: Iterator[tuple[int, bytes]], name: str) -> Iterator[tuple[int, list[str]]]:
+    """Each row that is not blank, with the number of the line on which it begins."""
+    reader = csv.reader((_text(line, name, number) for number, line in lines), strict=True)
+    while True:
+        number = reader.line_num + 1
+        try:
+            row = next(reader, None)
+        except csv.Error as fault:
+            reason = "a bare carriage return" if "new-line" in str(fault) else str(fault)
+            _bad_line(name, number, f"the row that begins here is not CSV ({reason}); check its quotes")
+        if row is None:
+            return
+        if row:
+            yield number, row
+
+
+def _check_header(header: list[str], name: str, number: int) -> None:
+    seen: set[str] = set()
+    for column, title in enumerate(header, 1):
+        if not title.strip():
+            _bad_line(name, number, f"column {column} of the header has no name; name every column")
+        if title in seen:
+            _bad_line(name, number, f"the header names {title!r:.80} twice; use each name once")
+        seen.add(title)
+    if len(header) == 1 and any(sign in header[0] for sign in ";\t"):
+        _bad_line(name, number, f"the header {header[0]!r:.80} has no comma; separate cells by commas")
+
+
+class _NotJson(ValueError):
+    """Why a text is not JSON; `ours` says that plain JSON parsers would take it."""
+
+    def __init__(self, reason: str, line: int = 0, column: int = 0, *, ours: bool = False) -> None:
+        super().__init__(reason)
+        self.line = line
+        self.column = column
+        self.ours = ours
+
+
+def _json_of(data: bytes, name: str, number: int) -> Any:
+    """The value of `data`; `number` is its line in the file, 0 if it is the whole file."""
+    text = _text(data, name, number)
+    try:
+        return _json(text)
+    except _NotJson as fault:
+        line = number or fault.line
+        one = "one JSON object per line" if number else "one JSON object"
+        reason = str(fault) if fault.ours else f"not JSON ({fault}); write {one}"
+        _bad_line(name, line, reason, column=fault.column)
+
+
+def _json(text: str) -> Any:
+    try:
+        return _decoder.decode(text)
+    except json.JSONDecodeError as fault:
+        raise _NotJson(fault.msg[:1].lower() + fault.msg[1:], fault.lineno, fault.colno) from None
+    except RecursionError:
+        raise _NotJson("the JSON is nested too deep; flatten it", ours=True) from None
+    except _NotJson:
+        raise
+    except ValueError:  # Python refuses to read an int of more than 4,300 digits
+        raise _NotJson("a number has too many digits; write it as text", ours=True) from None
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        _refuse_constant(text)
+    return number
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise _NotJson(f"{text} is not a finite number; use null or text", ours=True)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twin = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _NotJson(f"the key {twin!r:.80} stands twice in one object; keep one", ours=True)
+    return found
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_object, parse_float=_finite, parse_constant=_refuse_constant)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[tuple[IO[bytes], str]]:
+    """The file and the name that sentences give it; standard input is left open."""
+    if path == STDIN:
+        yield sys.stdin.buffer, "standard input"
+        return
+    _check_path(path)
+    try:
+        with open(path, "rb") as file:
+            yield file, _shown(path)
+    except OSError as fault:
+        raise InputError(f"{_shown(path)}: {_reason(fault)}; check the file", source=path) from None
+
+
+def _check_path(path: str) -> None:
+    if path == STDIN:
+        return
+    try:
+        directory = stat.S_ISDIR(os.stat(path).st_mode)
+    except (OSError, ValueError) as fault:
+        raise InputError(f"{_shown(path)}: {_reason(fault)}; check its path", source=path) from None
+    if directory:
+        raise InputError(f"{_shown(path)}: is a directory; name a file in it", source=path)
+
+
+def _lines(file: IO[bytes], name: str) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines, ends included, the byte order mark taken off; a line never fills the memory."""
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            _bad_line(name, number, f"longer than {LONGEST_LINE:,} bytes; write one item per line")
+        yield number, line.removeprefix(_BOM) if number == 1 else line
+
+
+def _text(data: bytes, name: str, number: int) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as fault:
+        line = number or data.count(b"\n", 0, fault.start) + 1
+        _bad_line(name, line, "not UTF-8 text; save the file as UTF-8")
+
+
+def _bad_line(name: str, number: int, problem: str, column: int = 0) -> NoReturn:
+    place = f" line {number}" if number else ""
+    if column:
+        place += f", column {column}"
+    raise InputError(f"{name}{place}: {problem}", source=name, line=number)
+
+
+def _kind(value: object) -> str:
+    kinds = {list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+def _reason(fault: Exception) -> str:
+    return (getattr(fault, "strerror", None) or str(fault)).lower()
+
+
+def _shown(text: str) -> str:
+    """`text` fit for one line: cut at 200, control characters written out."""
+    cut = text if len(text) <= 200 else text[:197] + "..."
+    return cut if cut.isprintable() else repr(cut)

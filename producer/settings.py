@@ -1,0 +1,15 @@
+"""A producer's settings: POCKETFLEET_… in the environment or `.env`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from worker.settings import WorkerSettings
+
+
+class ProducerSettings(WorkerSettings):
+    """What `run`, `enqueue` and `run_on_fleet` read."""
+
+    max_param_bytes: int = Field(
+        262_144, ge=64, le=16_777_216, description="Bytes one item's params may have, encoded"
+    )

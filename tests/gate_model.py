@@ -1,0 +1,638 @@
+"""An independent ledger of one gate, and the pumps that drive it; time is passed in, nothing sleeps.
+
+`Gate` calls the scripts on a server and collects the wake messages. `Ledger` is told every call and every
+reply: it predicts what a gate has to answer from the calls alone (never from the script's own counters)
+and raises `AssertionError` on the first broken promise. `Pump` keeps what one process holds and wants.
+Order of tickets and the slack are taken from the reply and only bounded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import redis
+from servers import client_of
+
+import producer
+from limiter.keys import GateKeys, wake_channel
+from limiter.limits import Limits
+from limiter.script import sync_script
+from limiter.sync import RENEW, SYNC, Answer, Call, Entry, read_answer
+
+ENQUEUE = Path(producer.__file__).with_name("enqueue.lua")
+T0 = 10**15
+"""A birth of a gate in tests, us: as many digits as a real one."""
+PARKED = 2**52
+GRACE_US = 200_000
+WEEK_MS = 604_800_000
+ENDED = ("completed", "failed", "aborted", "quarantined", "lost")
+FOREVER = math.inf
+
+
+def job_id(limit: str, batch: str, index: int) -> str:
+    return f"{{{limit}}}:{batch}:{index}"
+
+
+class Gate:
+    """The scripts of one limit on one server, with the time passed in and the messages collected."""
+
+    def __init__(self, client: redis.Redis, limit: str = "L", *, fake: bool = False) -> None:
+        self.client = client
+        self.limit = limit
+        self.keys = GateKeys(limit)
+        self._sync = sync_script(client, SYNC)
+        self._renew = sync_script(client, RENEW)
+        self._enqueue = sync_script(client, ENQUEUE)
+        self._fake = fake
+        self._pubsub = client.pubsub()
+        self._pubsub.psubscribe(wake_channel("*"))
+        self.heard: list[tuple[str, int]] = []
+        """Wake messages not yet taken: process, us to wait."""
+        self._collect()
+
+    def sync(self, call: Call, now: int) -> list[Any]:
+        reply: list[Any] = self._sync(keys=self.keys.all, args=call.argv(now))
+        self._collect()
+        return reply
+
+    def renew(self, process: str, now: int) -> int:
+        return int(self._renew(keys=self.keys.all, args=[process, now]))
+
+    def enqueue(self, now: int, batch: str, flow: str, items: dict[int, bytes], spacing: float = 1000) -> list[int]:
+        pairs = list(itertools.chain.from_iterable(items.items()))
+        reply: list[int] = self._enqueue(keys=self.keys.all, args=["", now, batch, flow, spacing, *pairs])
+        self._collect()
+        return reply
+
+    def take_messages(self) -> list[tuple[str, int]]:
+        taken, self.heard = self.heard, []
+        return taken
+
+    def close(self) -> None:
+        self._pubsub.close()
+
+    def _collect(self) -> None:
+        """What was published is read up to the answer of a ping, so none is late."""
+        if not self._fake:
+            self._pubsub.ping("end")
+        while True:
+            message = self._pubsub.get_message(timeout=0 if self._fake else 5)
+            if message is None or message["type"] == "pong":
+                return
+            if message["type"] == "pmessage":
+                limit, wait = message["data"].decode().split(" ")
+                assert limit == self.limit
+                self.heard.append((message["channel"].decode().rpartition(":")[2], int(wait)))
+
+
+@contextmanager
+def server_of(kind: str) -> Iterator[redis.Redis]:
+    with client_of(kind) as client:
+        yield client
+
+
+@contextmanager
+def gate_on(client: redis.Redis, kind: str) -> Iterator[Gate]:
+    """A gate on an empty server; at the end every key must have the lifetime that `keys.py` says."""
+    client.flushall()
+    gate = Gate(client, fake=kind == "fakeredis")
+    try:
+        yield gate
+        faults = lifetime_faults(gate)
+        assert not faults, faults
+    finally:
+        gate.close()
+
+
+def lifetime_faults(gate: Gate) -> list[str]:
+    """Keys without the lifetime that `limiter/keys.py` promises."""
+    keys, faults = gate.keys, []
+    endless = (keys.queue(""), keys.later, keys.jobs, keys.override, "arq:job:", "arq:in-progress:")
+    of_batch = (keys.batch(""), keys.done(""), keys.out(""), keys.base(""))
+    for raw in gate.client.keys():
+        name = raw.decode()
+        if name.startswith(endless):
+            continue
+        lives: int = gate.client.pttl(name)  # type: ignore[assignment]
+        if lives == -1 and name.startswith(of_batch):
+            left = gate.client.hget(keys.batch(name.rpartition(":")[2]), "left")
+            if left is not None and int(left) > 0:  # type: ignore[arg-type]
+                continue
+        if not 0 < lives <= WEEK_MS:
+            faults.append(f"{name} lives {lives} ms")
+    return faults
+
+
+# the ledger ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Item:
+    """One param dict in Redis, as the calls so far leave it."""
+
+    id: str
+    flow: str
+    batch: str
+    index: int
+    payload: bytes | None
+    place: int
+    state: str = "waiting"
+    owner: str = ""
+    due: int = 0
+    recorded: bool = False
+    attempt: int = 0
+    deaths: int = 0
+    refusals: int = 0
+    hand_backs: int = 0
+
+
+@dataclass
+class Batch:
+    next: float | None = None
+    counted: bool = False
+    done: set[int] = field(default_factory=set)
+    outcomes: list[tuple[int, int, str, bytes]] = field(default_factory=list)
+
+
+@dataclass
+class Member:
+    """A process that the gate knows."""
+
+    held: int = 0
+    seq: int = 0
+    ends: int = 0
+    extended: bool = False
+    waits: bool = False
+    idle: tuple[str, ...] = ()
+    raw: list[Any] = field(default_factory=list)
+
+
+class Ledger:
+    """What is true of one gate, from the calls alone; judges every reply."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+        self.limit = gate.limit
+        self.highest = 0
+        self.starts: list[tuple[int, int]] = []
+        """Grants: when, and the latest moment at which it may start."""
+        self.counts: dict[str, int] = dict.fromkeys(
+            ("calls", "grants", "reaped", "stalls", "adopted", "named", "cuts", "unknown", "repeated", "stale"), 0
+        )
+        self.flush()
+
+    def flush(self) -> None:
+        """Redis lost everything."""
+        self.birth = self.last = self.attempt = self.place = 0
+        self.cold = False
+        self.members: dict[str, Member] = {}
+        self.items: dict[str, Item] = {}
+        self.batches: dict[str, Batch] = {}
+        self.config_from = 0
+        self.limits: list[float] = []
+        self.level = self.ceiling = 0.0
+        self.cut = self.oks = self.quiet = self.pause = 0
+        self.stamps: list[int] = []
+
+    # what is asked of it
+
+    @property
+    def lease(self) -> int:
+        return int(self.limits[5])
+
+    @property
+    def rate(self) -> int:
+        return int(self.limits[3])
+
+    @property
+    def window(self) -> int:
+        return int(self.limits[4])
+
+    def in_use(self) -> int:
+        return sum(member.held for member in self.members.values())
+
+    def used(self, now: int) -> int:
+        return sum(stamp > now - self.window for stamp in self.stamps) if self.rate else 0
+
+    def opens(self) -> int:
+        return self.birth + max(self.lease, self.window if self.rate else 0) if self.cold else 0
+
+    def waiting(self, flows: tuple[str, ...]) -> list[Item]:
+        found = [item for item in self.items.values() if item.state == "waiting" and item.flow in flows]
+        return sorted(found, key=lambda item: (item.place, item.id))
+
+    def free(self, now: int) -> int:
+        if now < max(self.pause, self.opens()):
+            return 0
+        free = math.floor(self.level) - self.in_use()
+        return min(free, self.rate - self.used(now)) if self.rate else free
+
+    # the scripts
+
+    def renew(self, process: str, now: int, reply: int) -> None:
+        if not self.birth:
+            assert reply == 0
+            return
+        now = self._clock(now, process)
+        member = self.members.get(process)
+        if member is None:
+            assert reply == 0, "a process the gate does not know was renewed"
+            return
+        member.extended = False
+        member.ends = max(member.ends, now + self.lease)
+        assert reply == member.ends - now
+
+    def enqueue(
+        self, now: int, batch: str, flow: str, items: dict[int, bytes], spacing: float, reply: list[int]
+    ) -> None:
+        if self.birth:
+            self._clock(now, "")
+        record = self.batches.setdefault(batch, Batch())
+        place = max(self.place, 1 if record.next is None else record.next)
+        added = 0
+        for index, payload in items.items():
+            if index in record.done:
+                continue
+            name = job_id(self.limit, batch, index)
+            if name not in self.items:
+                self.items[name] = Item(name, flow, batch, index, payload, int(f"{place:.0f}"))
+                added += 1
+            elif self.items[name].payload is None:
+                self.items[name].payload = payload
+            place += spacing
+        if added:
+            record.next, record.counted = int(f"{place:.0f}"), True
+        assert reply == [added, sum(index in record.done for index in items)], (reply, added)
+
+    def sync(self, call: Call, now: int, raw: list[Any]) -> Answer:
+        """Judge one reply and take over what it changed."""
+        self.counts["calls"] += 1
+        me, member = call.process, self.members.get(call.process)
+        if member and call.seq < member.seq:
+            assert raw == [b"-1"], "a late duplicate was not refused as stale"
+            self.counts["stale"] += 1
+            return read_answer(raw)
+        now = self._clock(now, me)
+        if member and call.seq == member.seq:
+            assert raw == member.raw, f"same seq, other answer:\n{raw}\n{member.raw}"
+            member.extended, member.ends = False, now + self.lease
+            self.counts["repeated"] += 1
+            return read_answer(raw)
+        answer = read_answer(raw)
+        self._open_gate(call, now)
+        self._reap(me, now)
+        unknown = me not in self.members and call.seq > 1 and call.held > 0
+        member = self.members.setdefault(me, Member())
+        member.extended = False
+        before = self.in_use()
+        refused = self._settle(call, member, now)
+        assert answer.refused == refused, f"named {answer.refused}, should be {refused}"
+        assert answer.status == int(unknown), (answer.status, unknown)
+        self.counts["unknown"] += unknown
+        member.held = call.held
+        self._adapt(call, before, now)
+        self._return_stamps(call, now)
+        self._release_due(now)
+        self._grants(call, member, answer, unknown, now)
+        self._header(answer, now)
+        member.seq, member.raw = call.seq, raw
+        member.ends = now + round(answer.lease_s * 1e6)
+        assert call.leave or 0.8 * self.lease <= member.ends - now, "told a lease that is nearly over"
+        if call.leave:
+            del self.members[me]
+        return answer
+
+    # one step each
+
+    def _clock(self, now: int, me: str) -> int:
+        now = max(now, self.last)
+        gap = now - self.last
+        if self.birth and gap > 0.6 * self.lease:
+            for name, member in self.members.items():
+                if name != me and member.ends >= self.last and not member.extended:
+                    member.extended = True
+                    member.ends = max(member.ends, min(member.ends + gap, now + self.lease))
+                    self.counts["stalls"] += 1
+        self.last = now
+        return now
+
+    def _open_gate(self, call: Call, now: int) -> None:
+        if not self.birth:
+            self.birth = self.attempt = now
+            self.place = 1
+        if 0 < call.birth < self.birth:
+            self.cold = True
+        started = call.started or now
+        if call.limits and started > self.config_from:
+            self.limits = [float(word) for word in call.limits.split()]
+            self.config_from = started
+        ceiling = self.limits[0]
+        self.level = self.level or self.limits[2]
+        if self.ceiling and self.level >= self.ceiling:
+            self.level = ceiling
+        self.level = max(min(self.limits[1], ceiling), min(self.level, ceiling))
+        self.ceiling = ceiling
+        if now >= self.opens():
+            self.cold = False
+
+    def _reap(self, me: str, now: int) -> None:
+        for name in [n for n, m in self.members.items() if n != me and m.ends < now]:
+            del self.members[name]
+            self.counts["reaped"] += 1
+            for item in self.items.values():
+                if item.state == "claimed" and item.owner == name:
+                    item.state, item.deaths = "waiting", item.deaths + 1
+
+    def _settle(self, call: Call, member: Member, now: int) -> list[str]:
+        return [e.job for e in call.entries if not self._settle_entry(call, e, now)]
+
+    def _settle_entry(self, call: Call, entry: Entry, now: int) -> bool:
+        item = self.items.get(entry.job)
+        if item is None or not item.recorded:
+            item = self._adopted(call, entry, item, now)
+        if item is None or item.attempt != entry.attempt:
+            self.counts["named"] += 1
+            return False
+        status = entry.what.removeprefix("blob:")
+        if status in ENDED:
+            batch = self.batches[item.batch]
+            batch.done.add(item.index)
+            outcome = entry.arg if isinstance(entry.arg, bytes) else str(entry.arg).encode()
+            batch.outcomes.append((item.index, item.attempt, status, outcome))
+            del self.items[item.id]
+        elif entry.what == "refuse":
+            item.state, item.refusals = "delayed", item.refusals + 1
+            item.due = max(now + int(entry.arg), self.pause)
+        elif entry.what == "keep":
+            item.state, item.owner = "claimed", call.process
+        else:
+            item.state = "waiting"
+            item.hand_backs += entry.what == "hand"
+        return True
+
+    def _adopted(self, call: Call, entry: Entry, item: Item | None, now: int) -> Item | None:
+        name, index = entry.job.split(":")[1], int(entry.job.split(":")[2])
+        batch = self.batches.setdefault(name, Batch())
+        if now >= self.opens() or entry.what == "back" or index in batch.done:
+            return None
+        payload = item.payload if item else None
+        adopted = Item(entry.job, call.flows[entry.flow - 1], name, index, payload, self.place)
+        adopted.recorded, adopted.attempt = True, entry.attempt
+        self.items[entry.job] = adopted
+        self.counts["adopted"] += 1
+        return adopted
+
+    def _adapt(self, call: Call, in_use: int, now: int) -> None:
+        if call.pause_us:
+            self.pause = max(self.pause, now + call.pause_us)
+        top, bottom, _, _, _, _, backoff, threshold, factor = self.limits
+        if call.refused and (call.refused > self.cut or now - self.quiet > 30_000_000):
+            self.level = max(min(bottom, top), self.level * backoff)
+            self.cut, self.oks, self.quiet = self.attempt, 0, now
+            self.counts["cuts"] += 1
+        elif call.successes and call.counted_under == self.cut:
+            self.quiet = now
+            if in_use >= math.floor(self.level) and self.level < top:
+                self.oks += call.successes
+                if self.oks >= threshold:
+                    self.level, self.oks = min(top, max(self.level + 1, self.level * factor)), 0
+
+    def _return_stamps(self, call: Call, now: int) -> None:
+        words = [int(word) for word in call.returned.split()]
+        for stamp, count in zip(words[::2], words[1::2], strict=True):
+            for _ in range(min(count, self.stamps.count(stamp))):
+                self.stamps.remove(stamp)
+        if self.rate:
+            self.stamps = [stamp for stamp in self.stamps if stamp > now - self.window]
+
+    def _release_due(self, now: int) -> None:
+        for item in self.items.values():
+            if item.state == "delayed" and item.due <= now:
+                item.state = "waiting"
+
+    def _grants(self, call: Call, member: Member, answer: Answer, unknown: bool, now: int) -> None:
+        flows = tuple(call.flows)
+        free, line = max(0, self.free(now)), self.waiting(flows)
+        given = answer.permits + len(answer.jobs)
+        assert given <= free, f"{given} granted, {free} free"
+        assert answer.permits <= call.permits and len(answer.jobs) <= call.jobs
+        assert not (unknown or call.leave) or given == 0, "one that is unknown or leaves was admitted"
+        self.attempt += answer.permits
+        taken = self._claims(call, answer, line)
+        wanted_permits = 0 if unknown else call.permits
+        wanted_jobs = 0 if unknown else call.jobs
+        could = min(free, wanted_permits + min(wanted_jobs, len(line)))
+        others = any(m.waits for name, m in self.members.items() if name != call.process)
+        if not others and not call.leave:
+            taken_all = answer.permits + taken
+            assert taken_all == could, f"nobody else waits, and {taken_all} of {could} were given"
+        left = len(line) > taken
+        member.waits = answer.permits < wanted_permits or (left and taken < wanted_jobs)
+        member.idle = flows if not left and len(answer.jobs) < wanted_jobs and not call.leave else ()
+        member.held += given
+        self.counts["grants"] += given
+        if given and self.rate:
+            slack = round(answer.slack_s * 1e6)
+            assert answer.stamp == now + slack
+            assert not self.stamps or self.stamps[-1] <= answer.stamp, "stamps out of order"
+            self.stamps += [answer.stamp] * given
+        if given:
+            self.starts += [(now, answer.stamp or now)] * given
+        assert self.used(now) <= self.rate or not given
+
+    def _claims(self, call: Call, answer: Answer, line: list[Item]) -> int:
+        """Check that the lowest places were taken; returns how many, those without payload included."""
+        lost = [item.id for item in line[: call.jobs] if item.payload is None and self._gone(item)]
+        chosen = line[: len(answer.jobs) + len(lost)]
+        told = {job.id: job for job in answer.jobs}
+        assert {item.id for item in chosen} == told.keys() | set(lost), "not the lowest places"
+        assert list(told) == [item.id for item in chosen if item.id in told], "not in order of places"
+        for item in chosen:
+            self.attempt += 1
+            self.place = max(self.place, item.place)
+            if item.id in lost:
+                self.batches[item.batch].done.add(item.index)
+                self.batches[item.batch].outcomes.append((item.index, self.attempt, "lost", b""))
+                del self.items[item.id]
+                continue
+            job = told[item.id]
+            assert job.attempt == self.attempt > self.highest, "an attempt number came again"
+            counts = (job.deaths, job.refusals, job.hand_backs, job.payload)
+            assert counts == (item.deaths, item.refusals, item.hand_backs, item.payload), counts
+            item.state, item.owner, item.recorded = "claimed", call.process, True
+            item.attempt = self.highest = job.attempt
+        return len(chosen)
+
+    def _gone(self, item: Item) -> bool:
+        return self.gate.client.zscore(self.gate.keys.queue(item.flow), item.id) is None
+
+    def _header(self, answer: Answer, now: int) -> None:
+        assert (answer.now, answer.birth, answer.cut) == (now, self.birth, self.cut)
+        assert answer.level == self.level, (answer.level, self.level)
+        assert min(self.limits[1], self.limits[0]) <= answer.level <= self.limits[0]
+        assert answer.in_use == self.in_use(), f"in_use {answer.in_use}, held {self.in_use()}"
+        assert answer.used == self.used(now), (answer.used, self.used(now))
+        assert answer.attempt <= self.attempt
+        assert 0 <= answer.wait_s * 1e6 <= math.ceil(self.lease / 3), answer.wait_s
+        assert answer.slack_s <= 5 or answer.slack_s * 1e6 <= self.window / 240
+
+    # the whole state
+
+    def compare(self) -> None:
+        """The whole of Redis against the ledger: each job in exactly one state, nothing else there."""
+        client, keys = self.gate.client, self.gate.keys
+        known = {k.decode(): v.decode() for k, v in client.hgetall(keys.gate).items()}  # type: ignore[union-attr]
+        records = {k[2:]: v.split(" ") for k, v in known.items() if k.startswith("p:")}
+        assert records.keys() == self.members.keys()
+        assert {n: int(r[1]) for n, r in records.items()} == {n: m.held for n, m in self.members.items()}
+        assert int(known.get("in_use", 0)) == self.in_use()
+        leases = {n.decode(): int(s) for n, s in client.zrange(keys.leases, 0, -1, withscores=True)}  # type: ignore[union-attr]
+        ends = {n: m.ends for n, m in self.members.items()}
+        assert leases == ends, f"lease ends {leases.items() ^ ends.items()} at {self.last}"
+        tickets = {n.decode() for n in client.zrange(keys.tickets, 0, -1)}  # type: ignore[union-attr]
+        assert tickets == {n for n, m in self.members.items() if m.waits}, tickets
+        assert [int(s) for s in client.lrange(keys.starts, 0, -1)] == self.stamps  # type: ignore[union-attr]
+        self._compare_jobs({n: int(r[0]) for n, r in records.items()})
+        self._compare_batches()
+
+    def _compare_jobs(self, numbers: dict[str, int]) -> None:
+        client, keys = self.gate.client, self.gate.keys
+        places = {"waiting": lambda i: i.place, "delayed": lambda i: PARKED}
+        places["claimed"] = lambda i: PARKED + numbers[i.owner]
+        there: dict[str, int] = {}
+        for flow in {item.flow for item in self.items.values()} | {"f", "g"}:
+            rows: Any = client.zrange(keys.queue(flow), 0, -1, withscores=True)
+            there |= {f"{flow} {name.decode()}": int(score) for name, score in rows}
+        assert there == {f"{i.flow} {i.id}": places[i.state](i) for i in self.items.values()}
+        later: Any = client.zrange(keys.later, 0, -1, withscores=True)
+        due = {i.id: i.due for i in self.items.values() if i.state == "delayed"}
+        assert {name.decode(): int(score) for name, score in later} == due
+        jobs: Any = client.hgetall(keys.jobs)
+        records = {
+            i.id: f"{i.attempt} {i.place} {i.deaths} {i.refusals} {i.hand_backs} {i.flow}"
+            for i in self.items.values()
+            if i.recorded
+        }
+        assert {k.decode(): v.decode() for k, v in jobs.items()} == records
+        payloads = {k.decode()[8:] for k in client.keys("arq:job:*")}  # type: ignore[union-attr]
+        assert payloads == {i.id for i in self.items.values() if i.payload is not None}
+        running = {k.decode()[16:] for k in client.keys("arq:in-progress:*")}  # type: ignore[union-attr]
+        assert running == {i.id for i in self.items.values() if i.state == "claimed"}
+
+    def _compare_batches(self) -> None:
+        client, keys = self.gate.client, self.gate.keys
+        for name, batch in self.batches.items():
+            rows: Any = client.xrange(keys.out(name))
+            told = [(int(r[b"i"]), int(r[b"t"]), r[b"s"].decode(), r[b"o"]) for _, r in rows]
+            assert told == batch.outcomes
+            bits: Any = client.get(keys.done(name)) or b""
+            done = {8 * i + b for i, byte in enumerate(bits) for b in range(8) if byte >> (7 - b) & 1}
+            assert done == batch.done
+            left: Any = client.hget(keys.batch(name), "left")
+            open_items = sum(item.batch == name for item in self.items.values())
+            assert left is None or int(left) == open_items, f"batch {name}: left {left}, really {open_items}"
+
+
+def busiest_window(starts: list[int], window: int) -> int:
+    """The most starts in any half-open window of that length."""
+    starts = sorted(starts)
+    first = most = 0
+    for i, start in enumerate(starts):
+        while starts[first] <= start - window:
+            first += 1
+        most = max(most, i - first + 1)
+    return most
+
+
+# a process -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pump:
+    """What one process holds and wants, and the call it would send now."""
+
+    name: str
+    flows: tuple[str, ...] = ()
+    room: int = 0
+    limits: Limits = field(default_factory=lambda: Limits("L"))
+    seq: int = 0
+    birth: int = 0
+    started: int = 0
+    cut: int = 0
+    last_start: int = 0
+    runs: dict[str, int] = field(default_factory=dict)
+    """Jobs that run here, with their attempts."""
+    permits: int = 0
+    wanted: int = 0
+    news: list[Entry] = field(default_factory=list)
+    successes: int = 0
+    refused: int = 0
+    pause_us: int = 0
+    returned: str = ""
+    unknown: bool = False
+    ids: dict[str, str] = field(default_factory=dict)
+    """Flow of each job, the first word of its payload in these tests."""
+
+    @property
+    def held(self) -> int:
+        return len(self.runs) + self.permits
+
+    def call(self, now: int, *, leave: bool = False) -> Call:
+        """The next call; what happened since the last one is in it and forgotten here."""
+        self.seq += 1
+        entries = self.news
+        if self.unknown:
+            entries = entries + [self.entry(job, "keep") for job in self.runs]
+        remembers = self.held > 0 or now - self.last_start < self.limits.window_s * 1e6
+        call = Call(
+            self.name,
+            self.seq,
+            held=self.held,
+            permits=0 if leave else self.wanted,
+            jobs=0 if leave else max(0, self.room - len(self.runs)),
+            birth=self.birth if remembers else 0,
+            started=self.started,
+            limits=self.limits.as_argument(),
+            successes=self.successes,
+            counted_under=self.cut,
+            refused=self.refused,
+            pause_us=self.pause_us,
+            returned=self.returned,
+            leave=leave,
+            flows=self.flows,
+            entries=entries,
+        )
+        self.news, self.successes, self.refused, self.pause_us, self.returned = [], 0, 0, 0, ""
+        return call
+
+    def entry(self, job: str, what: str, arg: bytes | int | str = "") -> Entry:
+        flow = self.ids.get(job, self.flows[0])
+        return Entry(job, self.runs[job], self.flows.index(flow) + 1, what, arg)
+
+    def end(self, job: str, what: str = "completed", arg: bytes | int | str = b"out") -> None:
+        """That run ended, or goes back."""
+        self.news.append(self.entry(job, what, arg))
+        del self.runs[job]
+
+    def hear(self, call: Call, answer: Answer) -> list[str]:
+        """Take over an answer; returns the runs that were lost to another attempt."""
+        self.unknown = answer.status == 1
+        kept = {e.job for e in call.entries if e.what == "keep"}
+        lost = [job for job in answer.refused if job in kept and job in self.runs]
+        for job in lost:
+            del self.runs[job]
+        self.birth, self.started, self.cut = answer.birth, answer.started, answer.cut
+        self.permits += answer.permits
+        self.wanted -= answer.permits
+        for job in answer.jobs:
+            self.runs[job.id] = job.attempt
+            self.ids[job.id] = job.payload.split(b" ")[0].decode()
+        if answer.permits or answer.jobs:
+            self.last_start = answer.now
+        return lost

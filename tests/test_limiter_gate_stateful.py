@@ -1,0 +1,341 @@
+"""Random schedules of the gate, each judged call by call by an independent ledger.
+
+A schedule is a list of moves drawn from a seed; every list is legal, so a failing one is cut down by
+leaving moves out. POCKETFLEET_SOAK=1 runs many more; POCKETFLEET_SEED=n starts at that seed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import redis
+from gate_model import T0, Gate, Ledger, Pump, busiest_window, gate_on, server_of
+from servers import KINDS
+
+from limiter.limits import Limits
+from limiter.sync import Call
+
+SOAK = os.environ.get("POCKETFLEET_SOAK") == "1"
+FIRST = int(os.environ.get("POCKETFLEET_SEED", "1"))
+BUDGET_S = {"fakeredis": 5.0, "valkey": 10.0, "redis": 10.0}
+MOST_S = 300.0 if SOAK else 1.0
+STEPS = 250
+
+Move = tuple[str, int, float]
+MOVES = {
+    "call": 40, "finish": 26, "tick": 22, "want": 6, "release": 8, "refuse": 6, "back": 3, "hand": 3,
+    "late": 3, "again": 6, "lost": 5, "stale": 4, "enqueue": 8, "renew": 4, "pause": 1,
+    "freeze": 2, "die": 3, "leave": 2, "stall": 2, "edge": 6,
+}  # fmt: skip
+UPHEAVALS = {"change": 2, "flush": 1}
+SHAPES = [
+    Limits("L", 5, 8, window_s=10, lease_s=3),
+    Limits("L", 3, None, lease_s=3),
+    Limits("L", 1, 4, window_s=2, lease_s=3),
+    Limits("L", 6, 20, min_concurrent=1, initial_concurrent=2, recovery_threshold=2, window_s=5, lease_s=3),
+    Limits("L", 8, None, min_concurrent=1, recovery_threshold=3, lease_s=6),
+]
+
+
+def drawn(seed: int, steps: int = STEPS) -> list[Move]:
+    """The moves of a seed: name, who, and a number from 0 to 1 whose meaning is the move's."""
+    rng = random.Random(seed)
+    moves = MOVES | (UPHEAVALS if seed % 2 else {})
+    names = rng.choices(list(moves), list(moves.values()), k=steps)
+    return [(name, rng.randrange(6), rng.random()) for name in names]
+
+
+class Episode:
+    """One schedule on one gate. Processes 0-2 serve f, 3 serves f and g, 4 serves g, 5 is a limit() caller."""
+
+    def __init__(self, gate: Gate, seed: int) -> None:
+        self.gate, self.ledger, self.now, self.rng = gate, Ledger(gate), T0, random.Random(-seed)
+        self.limits = self.rng.choice(SHAPES)
+        self.settled = True
+        self.born = 0
+        self.pumps = [self.new_pump(i) for i in range(6)]
+        self.sent: list[Call] = []
+        self.frozen: dict[int, int] = {}
+        self.next_index = {"b1": 0, "b2": 0, "b3": 0}
+        self.began: list[tuple[int, int]] = []
+        """Per grant: the latest moment it may start, and when it did."""
+
+    def new_pump(self, who: int) -> Pump:
+        self.born += 1
+        flows = [("f",), ("f",), ("f",), ("f", "g"), ("g",), ()][who]
+        room = [1, 3, 10, 3, 2, 0][who]
+        return Pump(f"p{who}.{self.born}", flows, room, self.limits)
+
+    def play(self, moves: list[Move]) -> None:
+        for step, (name, who, x) in enumerate(moves):
+            self.now += 1 + int(x * 1000)
+            getattr(self, name)(who, x)
+            if step % 4 == 0:
+                self.ledger.compare()
+        self.drain()
+
+    # calls
+
+    def send(self, who: int, *, heard: bool = True, leave: bool = False) -> None:
+        pump = self.pumps[who]
+        call = pump.call(self.now, leave=leave)
+        raw = self.gate.sync(call, self.now)
+        answer = self.ledger.sync(call, self.now, raw)
+        self.sent = self.sent[-30:] + [call]
+        if not heard:
+            raw = self.gate.sync(call, self.now + 500)
+            answer = self.ledger.sync(call, self.now + 500, raw)
+        for _ in range(answer.permits + len(answer.jobs)):
+            latest = max(answer.stamp, answer.now)
+            self.began.append((latest, self.rng.randint(answer.now, latest)))
+        pump.hear(call, answer)
+
+    def call(self, who: int, x: float) -> None:
+        if who not in self.frozen:
+            self.send(who)
+
+    def lost(self, who: int, x: float) -> None:
+        """The reply is lost and the call repeated."""
+        if who not in self.frozen:
+            self.send(who, heard=False)
+
+    def stale(self, who: int, x: float) -> None:
+        """A duplicate of an earlier call arrives late."""
+        old = [c for c in self.sent if (m := self.ledger.members.get(c.process)) and c.seq <= m.seq]
+        if old:
+            call = old[int(x * len(old))]
+            self.ledger.sync(call, self.now, self.gate.sync(call, self.now))
+
+    def renew(self, who: int, x: float) -> None:
+        name = self.pumps[who].name
+        self.ledger.renew(name, self.now, self.gate.renew(name, self.now))
+
+    # what happens in a process
+
+    def ended(self, who: int, x: float, what: str, arg: Any) -> bool:
+        pump = self.pumps[who]
+        if not pump.runs:
+            return False
+        for job in list(pump.runs)[: 1 + int(x * 2)]:
+            pump.end(job, what, arg)
+        return True
+
+    def finish(self, who: int, x: float) -> None:
+        what = "failed" if x < 0.2 else "completed"
+        if self.ended(who, x, what, b"out"):
+            self.pumps[who].successes += 1
+            self.call(who, x)
+
+    def refuse(self, who: int, x: float) -> None:
+        attempts = list(self.pumps[who].runs.values())[: 1 + int(x * 2)]
+        if self.ended(who, x, "refuse", int(x * 2e6)):
+            pump = self.pumps[who]
+            pump.refused = max(pump.refused, *attempts)
+            pump.pause_us = int(1e6 * x) if x > 0.7 else 0
+            if x < 0.8:
+                self.call(who, x)
+
+    def back(self, who: int, x: float) -> None:
+        """Granted runs that never started; if their grant is young, its stamps come back too."""
+        pump = self.pumps[who]
+        latest = self.began[-1][0] if self.began else 0
+        if self.ended(who, 0, "back", "") and latest in self.ledger.stamps and x < 0.5:
+            self.began.pop()
+            pump.returned = f"{pump.returned} {latest} 1"
+
+    def hand(self, who: int, x: float) -> None:
+        self.ended(who, x, "hand", "")
+
+    def want(self, who: int, x: float) -> None:
+        self.pumps[who].wanted += 1 + int(x * 2)
+        self.call(who, x)
+
+    def release(self, who: int, x: float) -> None:
+        pump = self.pumps[who]
+        if pump.permits:
+            pump.permits -= 1
+            self.call(who, x)
+
+    def late(self, who: int, x: float) -> None:
+        """A run of a dead attempt claims to have ended."""
+        gone = [e for c in self.sent for e in c.entries if e.what in ("completed", "back", "refuse")]
+        pump = self.pumps[who]
+        if gone and pump.flows and who not in self.frozen:
+            entry = gone[int(x * len(gone))]
+            flow = "g" if ":b3:" in entry.job else "f"
+            mine = list(pump.runs) + [e.job for e in pump.news]
+            if flow in pump.flows and entry.job not in mine:
+                pump.news.append(replace(entry, flow=pump.flows.index(flow) + 1))
+
+    # what happens to processes and to Redis
+
+    def tick(self, who: int, x: float) -> None:
+        self.now += int(x**3 * self.limits.lease_s * 1e6)
+
+    def edge(self, who: int, x: float) -> None:
+        """To the very microsecond at which a stamp leaves the window, a lease ends or a job is due."""
+        ledger = self.ledger
+        moments = [m.ends for m in ledger.members.values()] + [i.due for i in ledger.items.values()]
+        if ledger.limits:
+            moments += [stamp + ledger.window for stamp in ledger.stamps[:3]] + [ledger.opens()]
+        ahead = sorted(m for m in moments if m > self.now)
+        if ahead:
+            self.now = ahead[0] + int(x * 3) - 1
+
+    def stall(self, who: int, x: float) -> None:
+        self.now += int((0.5 + 2 * x) * self.limits.lease_s * 1e6)
+
+    def again(self, who: int, x: float) -> None:
+        """Heartbeats of everybody."""
+        for each in range(6):
+            self.call(each, x)
+
+    def freeze(self, who: int, x: float) -> None:
+        """A process is cut off, or comes back, perhaps after it was reaped."""
+        if self.frozen.pop(who, None) is None:
+            self.frozen[who] = self.now
+        else:
+            self.send(who)
+
+    def die(self, who: int, x: float) -> None:
+        self.frozen.pop(who, None)
+        self.pumps[who] = self.new_pump(who)
+
+    def leave(self, who: int, x: float) -> None:
+        if who in self.frozen:
+            return
+        pump = self.pumps[who]
+        for job in list(pump.runs):
+            pump.end(job, "hand", "")
+        pump.permits = 0
+        if not pump.unknown:
+            self.send(who, heard=x < 0.7, leave=True)
+            self.pumps[who] = self.new_pump(who)
+
+    def change(self, who: int, x: float) -> None:
+        """A process with other limits starts; the others go on sending theirs."""
+        self.limits = SHAPES[int(x * len(SHAPES))]
+        self.settled = False
+        self.die(who, x)
+        self.send(who)
+
+    def pause(self, who: int, x: float) -> None:
+        self.pumps[who].pause_us = int(x * 3e6)
+
+    def flush(self, who: int, x: float) -> None:
+        """Redis loses its data; the next caller remembers it, or not."""
+        self.gate.client.flushall()
+        self.ledger.flush()
+        self.now += 2_000_000
+        self.settled = False
+        for batch in self.next_index:
+            if x < 0.5:
+                self.put(batch, 0, self.next_index[batch])
+
+    def enqueue(self, who: int, x: float) -> None:
+        batch = ("b1", "b2", "b3")[who % 3]
+        first = self.next_index[batch] - int(x * 3)
+        count = 1 + int(x * 10) % 7
+        self.next_index[batch] = max(self.next_index[batch], first + count)
+        self.put(batch, max(0, first), first + count)
+
+    def put(self, batch: str, first: int, after: int) -> None:
+        flow = "g" if batch == "b3" else "f"
+        items = {i: f"{flow} {i}".encode() for i in range(first, after)}
+        if items:
+            spacing = {"b1": 1000.0, "b2": 500.0, "b3": 3000.0}[batch]
+            reply = self.gate.enqueue(self.now, batch, flow, items, spacing)
+            self.ledger.enqueue(self.now, batch, flow, items, spacing, reply)
+
+    # the end
+
+    def drain(self) -> None:
+        """Everything left ends, everybody leaves, and only what keys.py keeps is left."""
+        self.frozen.clear()
+        for _ in range(400):
+            for who, pump in enumerate(self.pumps):
+                pump.wanted = pump.permits = 0
+                for job in list(pump.runs):
+                    pump.end(job)
+                self.send(who)
+            self.now += int(self.limits.lease_s * 4e5)
+            busy = any(pump.held or pump.unknown for pump in self.pumps)
+            if not self.ledger.items and not busy and len(self.ledger.members) == len(self.pumps):
+                break
+            if any(i.payload is None and i.state == "waiting" for i in self.ledger.items.values()):
+                for batch, after in self.next_index.items():
+                    self.put(batch, 0, after)
+        assert not self.ledger.items, f"left over: {self.ledger.items}"
+        for who in range(6):
+            self.send(who, leave=True)
+        self.ledger.compare()
+        self.judge_end()
+
+    def judge_end(self) -> None:
+        if self.settled and self.limits.max_per_window:
+            most = busiest_window([began for _, began in self.began], int(self.limits.window_s * 1e6))
+            assert most <= self.limits.max_per_window, f"{most} starts in a window"
+        names = {k.decode().split(":")[2].partition(":")[0] for k in self.gate.client.keys()}  # type: ignore[union-attr]
+        assert names <= {"gate", "starts", "flows", "batch", "done", "out"}, names
+
+
+# running and cutting down ----------------------------------------------------------------------
+
+
+def fault_of(client: redis.Redis, kind: str, seed: int, moves: list[Move]) -> tuple[str, dict[str, int]]:
+    """The first broken promise of a schedule, or '', and what the schedule met."""
+    counts: dict[str, int] = {}
+    try:
+        with gate_on(client, kind) as gate:
+            episode = Episode(gate, seed)
+            counts = episode.ledger.counts
+            episode.play(moves)
+    except (AssertionError, redis.ResponseError) as fault:
+        where = traceback.extract_tb(fault.__traceback__)[-1]
+        return f"{type(fault).__name__} in {where.name}: {where.line} | {fault}", counts
+    return "", counts
+
+
+def cut_down(client: redis.Redis, kind: str, seed: int, moves: list[Move], until: float) -> list[Move]:
+    """The same failing schedule without the moves it does not need."""
+    size = len(moves) // 2
+    while size and time.monotonic() < until:
+        at = 0
+        while at < len(moves) and time.monotonic() < until:
+            shorter = moves[:at] + moves[at + size :]
+            if fault_of(client, kind, seed, shorter)[0]:
+                moves = shorter
+            else:
+                at += size
+        size //= 2
+    return moves
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def server(request: pytest.FixtureRequest) -> Iterator[tuple[redis.Redis, str]]:
+    with server_of(request.param) as client:
+        yield client, request.param
+
+
+def test_random_schedules_keep_every_promise(server: tuple[redis.Redis, str]) -> None:
+    client, kind = server
+    until = time.monotonic() + (MOST_S if SOAK else BUDGET_S[kind])
+    seed, met = FIRST, dict[str, int]()
+    while time.monotonic() < until:
+        moves = drawn(seed)
+        fault, counts = fault_of(client, kind, seed, moves)
+        if fault:
+            least = cut_down(client, kind, seed, moves, time.monotonic() + 20)
+            fault, _ = fault_of(client, kind, seed, least)
+            pytest.fail(f"seed {seed} on {kind}: {fault}\nmoves = {least}")
+        met = {name: met.get(name, 0) + count for name, count in counts.items()}
+        seed += 1
+    print(f"{kind}: seeds {FIRST} to {seed - 1}: {met}")
+    assert all(met.values()) or kind == "fakeredis", f"never met: {met}"

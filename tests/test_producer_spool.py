@@ -1,0 +1,343 @@
+"""A spool is whole or not there, whatever kills its writer, and gives back what was put in."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from limiter.errors import LimitsError
+from producer.errors import SpoolError
+from producer.inputs import checked_params
+from producer.spool import BatchLock, Spool, SpoolWriter, digest
+
+BASE = b"\x80"
+
+# Writes 30,000 items; argv: data directory, at which fsync or rename it kills itself (0: never).
+WRITER = """
+import os, signal, sys
+from producer.spool import SpoolWriter
+calls = 0
+def dying(real):
+    def call(*args):
+        global calls
+        calls += 1
+        if calls == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args)
+    return call
+os.fsync, os.rename = dying(os.fsync), dying(os.rename)
+writer = SpoolWriter(sys.argv[1], "b1", "users:flow", "users")
+print("ready", flush=True)
+for n in range(30_000):
+    writer.add(b"%08d" % n * 20)
+writer.finish(b"base")
+print("finished", calls, flush=True)
+"""
+
+
+def _written(data_dir: Path, items: list[bytes], batch: str = "b1") -> Spool:
+    with SpoolWriter(data_dir, batch, "users:flow", "users") as writer:
+        for item in items:
+            writer.add(item)
+        return writer.finish(BASE)
+
+
+def _names(data_dir: Path) -> set[str]:
+    return {path.name for path in (data_dir / "batches").iterdir()}
+
+
+def _start_writer(data_dir: Path, die_at: int = 0) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(data_dir), str(die_at)], stdout=subprocess.PIPE, text=True
+    )
+
+
+def _assert_nothing_or_whole(data_dir: Path) -> None:
+    if Spool.exists(data_dir, "b1"):
+        spool = Spool.open(data_dir, "b1")
+        assert spool.base() == b"base"
+        assert [item for _, item in spool.items()] == [b"%08d" % n * 20 for n in range(30_000)]
+    else:
+        assert _names(data_dir) <= {name for name in _names(data_dir) if name.startswith("+writing.")}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.binary(max_size=40), max_size=30), st.integers(1, 7), st.integers(2, 60))
+def test_items_come_back_whatever_their_sizes_and_blocks(items: list[bytes], block: int, flush: int) -> None:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr("producer.spool.BLOCK", block)
+        patch.setattr("producer.spool._FLUSH_BYTES", flush)
+        _written(Path(folder), items)
+        spool = Spool.open(folder, "b1")
+        assert list(spool.items()) == list(enumerate(items))
+        for start in range(len(items) + 2):
+            assert [item for _, item in spool.items(start)] == items[start:]
+        blocks = [b"".join(items[n : n + block]) for n in range(0, len(items), block)]
+        assert spool.digests == [digest(data) for data in blocks]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.binary(max_size=20), max_size=20), st.lists(st.binary(max_size=20), max_size=20))
+def test_a_grown_spool_equals_one_written_at_once(first: list[bytes], more: list[bytes]) -> None:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr("producer.spool.BLOCK", 4)
+        grown = _written(Path(folder), first, "grown")
+        grown.grow(more)
+        once = _written(Path(folder), first + more, "once")
+        assert list(grown.items()) == list(once.items()) == list(Spool.open(folder, "grown").items())
+        assert (grown.count, grown.digests) == (once.count, once.digests)
+
+
+def test_a_spool_knows_its_batch_and_each_item(tmp_path: Path) -> None:
+    dicts = [{"user_id": n, "tags": ["a"] * n} for n in range(20)]
+    _written(tmp_path, [checked_params(n, params) for n, params in enumerate(dicts)])
+    spool = Spool.open(tmp_path, "b1")
+    assert (spool.batch, spool.flow, spool.limit, spool.count) == ("b1", "users:flow", "users", 20)
+    assert abs(spool.created - time.time()) < 60
+    assert (spool.base(), spool.base_digest) == (BASE, digest(BASE))
+    assert [spool.params(n) for n in range(20)] == dicts
+    for wrong in (-1, 20):
+        with pytest.raises(IndexError, match="has no item"):
+            spool.params(wrong)
+
+
+def test_files_are_for_the_owner_only(tmp_path: Path) -> None:
+    with BatchLock(tmp_path / "data", "b1"), _written(tmp_path / "data", [b"x"]) as spool:
+        spool.mark_received(0)
+        spool.set_position("1-1")
+        modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "data").rglob("*")}
+    assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o700
+    assert all(mode == (0o700 if path.is_dir() else 0o600) for path, mode in modes.items())
+    assert len(modes) == 9
+
+
+def test_an_abandoned_or_raising_writer_leaves_nothing(tmp_path: Path) -> None:
+    def items() -> Iterator[bytes]:
+        yield b"one"
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), SpoolWriter(tmp_path, "b1", "f", "l") as writer:
+        for item in items():
+            writer.add(item)
+    assert _names(tmp_path) == set()
+    assert not Spool.exists(tmp_path, "b1")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_writer_killed_at_any_byte_leaves_nothing_or_all(tmp_path: Path, seed: int) -> None:
+    goal = random.Random(seed).randrange(30_000 * 160)
+    with _start_writer(tmp_path) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+        while writer.poll() is None and _bytes_written(tmp_path) < goal:
+            pass
+        writer.kill()
+    _assert_nothing_or_whole(tmp_path)
+
+
+def _bytes_written(data_dir: Path) -> int:
+    try:
+        return sum(path.stat().st_size for path in data_dir.glob("batches/*/spool"))
+    except FileNotFoundError:
+        return 0
+
+
+@pytest.mark.parametrize("call", range(1, 8))
+def test_a_writer_killed_at_any_step_of_finish_leaves_nothing_or_all(tmp_path: Path, call: int) -> None:
+    # fsync of spool, ends, base, meta.json and the directory; the rename; fsync of the parent
+    with _start_writer(tmp_path, call) as writer:
+        writer.wait()
+    assert writer.returncode == -signal.SIGKILL
+    assert Spool.exists(tmp_path, "b1") == (call == 7)
+    _assert_nothing_or_whole(tmp_path)
+
+
+def test_leftovers_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path: Path) -> None:
+    with _start_writer(tmp_path, 1) as writer:
+        writer.wait()
+    assert writer.returncode == -signal.SIGKILL
+    assert len(_names(tmp_path)) == 1
+    with SpoolWriter(tmp_path, "b2", "f", "l") as living:
+        assert len(_names(tmp_path)) == 1
+        living.add(b"x")
+        _written(tmp_path, [b"y"], "b3")
+        living.finish(BASE)
+    assert _names(tmp_path) == {"b2", "b3"}
+
+
+def test_of_two_writers_of_one_batch_the_first_to_finish_wins(tmp_path: Path) -> None:
+    with SpoolWriter(tmp_path, "b1", "f", "l") as first, SpoolWriter(tmp_path, "b1", "f", "l") as second:
+        first.add(b"1")
+        second.add(b"2")
+        first.finish(BASE)
+        with pytest.raises(SpoolError, match=r"^batch 'b1' already has a spool in .*; use another batch id$"):
+            second.finish(BASE)
+    with pytest.raises(SpoolError, match="already has a spool"):
+        SpoolWriter(tmp_path, "b1", "f", "l")
+    assert list(Spool.open(tmp_path, "b1").items()) == [(0, b"1")]
+    assert _names(tmp_path) == {"b1"}
+
+
+def test_a_full_disk_is_said_in_a_sentence_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    writer = SpoolWriter(tmp_path, "b1", "f", "l")
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(SpoolError, match=r"^the spool of batch 'b1' cannot be used: no space left on device"):
+        for _ in range(1_000):
+            writer.add(b"x")
+    assert _names(tmp_path) == set()
+
+
+def test_a_growth_that_raises_changes_nothing(tmp_path: Path) -> None:
+    def more() -> Iterator[bytes]:
+        yield from [b"new"] * 5_000
+        raise ZeroDivisionError
+
+    spool = _written(tmp_path, [b"old"] * 1_500)
+    digests = list(spool.digests)
+    with pytest.raises(ZeroDivisionError):
+        spool.grow(more())
+    for seen in (spool, Spool.open(tmp_path, "b1")):
+        assert (seen.count, seen.digests) == (1_500, digests)
+        assert [item for _, item in seen.items()] == [b"old"] * 1_500
+    spool.grow([b"x"])
+    assert [item for _, item in Spool.open(tmp_path, "b1").items()] == [b"old"] * 1_500 + [b"x"]
+
+
+@pytest.mark.parametrize("call", range(1, 6))
+def test_a_growth_cut_short_at_any_step_leaves_the_old_spool_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    steps = iter(
+        range(1, 6)
+    )  # fsync of spool, ends and the new meta.json; its rename; fsync of the directory
+
+    def cut_short(real: Callable[..., None]) -> Callable[..., None]:
+        def step(*args: object) -> None:
+            if next(steps) == call:
+                raise KeyboardInterrupt
+            real(*args)
+
+        return step
+
+    old, more = [b"old"] * 1_500, [b"new"] * 3
+    spool = _written(tmp_path, old)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", cut_short(os.fsync))
+        patch.setattr(os, "replace", cut_short(os.replace))
+        with pytest.raises(KeyboardInterrupt):
+            spool.grow(more)
+    found = [item for _, item in Spool.open(tmp_path, "b1").items()]
+    assert found == (old + more if call == 5 else old)
+
+
+@pytest.mark.parametrize(
+    ("items", "verdict", "index"),
+    [
+        ([b"a", b"b", b"c"], "same", 3),
+        ([b"a", b"b", b"c", b"d", b"e"], "appended", 3),
+        ([b"a", b"x", b"c"], "differs", 1),
+        ([b"a", b"b"], "differs", 2),
+        ([], "differs", 0),
+    ],
+)
+def test_a_new_input_is_compared_item_by_item(
+    tmp_path: Path, items: list[bytes], verdict: str, index: int
+) -> None:
+    spool = _written(tmp_path, [b"a", b"b", b"c"])
+    found = spool.compare(iter(items))
+    assert (found.verdict, found.index) == (verdict, index)
+    assert list(found.rest) == (items[3:] if verdict == "appended" else [])
+
+
+def test_outcomes_received_and_position_outlive_the_follower(tmp_path: Path) -> None:
+    with _written(tmp_path, [b"x"] * 20) as spool:
+        assert (spool.position, spool.received_count) == ("0-0", 0)
+        for index in (0, 7, 8, 19, 7):
+            spool.mark_received(index)
+        spool.set_position("1700000000000-3")
+        spool.grow([b"y"] * 10)
+        spool.mark_received(29)
+    again = Spool.open(tmp_path, "b1")
+    assert [n for n in range(30) if again.received(n)] == [0, 7, 8, 19, 29]
+    assert (again.position, again.received_count) == ("1700000000000-3", 5)
+    for call in (again.mark_received, again.received):
+        for wrong in (-1, 30):
+            with pytest.raises(IndexError):
+                call(wrong)
+    with pytest.raises(ValueError, match="is no id of a stream"):
+        again.set_position("$")
+
+
+def test_two_producers_of_one_batch_refuse_each_other(tmp_path: Path) -> None:
+    with BatchLock(tmp_path, "b1"):
+        sentence = f"batch 'b1' is in the hands of another producer (pid {os.getpid()}); wait until it ends or stop it"
+        with pytest.raises(SpoolError) as refusal:
+            BatchLock(tmp_path, "b1")
+        assert str(refusal.value) == sentence
+        BatchLock(tmp_path, "b2").release()
+    BatchLock(tmp_path, "b1").release()
+
+
+@pytest.mark.parametrize("batch", ["", "..", ".", "a/b", "../a", "a\n", "ä", "a" * 129, "a+lock"])
+def test_a_batch_id_is_never_a_way_out_of_the_directory(tmp_path: Path, batch: str) -> None:
+    for use in (
+        lambda: Spool.open(tmp_path, batch),
+        lambda: Spool.exists(tmp_path, batch),
+        lambda: BatchLock(tmp_path, batch),
+        lambda: SpoolWriter(tmp_path, batch, "f", "l"),
+    ):
+        with pytest.raises((SpoolError, LimitsError), match="cannot be used"):
+            use()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_or_damaged_spool_is_said_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(
+        SpoolError, match=r"^batch 'b1' has no spool in .*; check the id and the data directory$"
+    ):
+        Spool.open(tmp_path, "b1")
+    home = _written(tmp_path, [b"x" * 10] * 10).home
+    os.truncate(home / "spool", 99)
+    with pytest.raises(SpoolError, match=r"^the spool of batch 'b1' is damaged: .*; delete that directory"):
+        Spool.open(tmp_path, "b1")
+    os.truncate(home / "spool", 100)
+    os.truncate(home / "ends", 79)
+    with pytest.raises(SpoolError, match="is damaged"):
+        Spool.open(tmp_path, "b1")
+    (home / "meta.json").write_text("{}")
+    with pytest.raises(SpoolError, match="is damaged"):
+        Spool.open(tmp_path, "b1")
+    (home / "meta.json").unlink()
+    with pytest.raises(SpoolError, match="cannot be used: no such file or directory"):
+        Spool.open(tmp_path, "b1")
+
+
+def test_writing_and_reading_take_flat_memory(tmp_path: Path) -> None:
+    tracemalloc.start()
+    try:
+        with SpoolWriter(tmp_path, "b1", "f", "l") as writer:
+            for n in range(50_000):
+                writer.add(b"%0200d" % n)
+            spool = writer.finish(BASE)
+        assert sum(1 for _ in spool.items()) == 50_000
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    finally:
+        tracemalloc.stop()

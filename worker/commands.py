@@ -1,0 +1,91 @@
+"""`pocketfleet worker` and `pocketfleet workers`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from typing import Annotated
+
+import msgspec
+import typer
+from arq.worker import run_worker
+from rich.console import Console
+from rich.table import Table
+
+from limiter.client import checked_connection, open_retrying_client
+from limiter.connect import find_redis
+from limiter.settings import load
+from worker.main import settings_class, targets
+from worker.presence import WorkerInfo, living_workers
+from worker.registry import check_shadows, serve
+from worker.settings import WorkerSettings
+
+
+def worker(
+    flows: Annotated[list[str] | None, typer.Argument(help="Flows to serve, such as users:flow")] = None,
+    max_jobs: Annotated[int | None, typer.Option(help="Most runs at a time in this process")] = None,
+    burst: Annotated[bool, typer.Option("--burst", help="End when nothing waits or runs anywhere")] = False,
+) -> None:
+    """Run one worker process on this host. Start as many as you like, anywhere."""
+    check_shadows("pocketfleet worker")
+    if flows:
+        os.environ["POCKETFLEET_FLOWS"] = ",".join(flows)
+    if max_jobs is not None:
+        os.environ["POCKETFLEET_MAX_JOBS"] = str(max_jobs)
+    if burst:
+        os.environ["POCKETFLEET_BURST"] = "true"
+    settings = load(WorkerSettings)
+    serve(targets(settings), settings.lease_s)  # refuse a wrong target before anything is opened
+    asyncio.run(_answers(settings))
+    run_worker(settings_class())
+
+
+async def _answers(settings: WorkerSettings) -> None:
+    place = find_redis(settings, start=False)
+    client = open_retrying_client(place.url, retries=1)
+    try:
+        await checked_connection(client, place.shown)
+    finally:
+        await client.aclose()  # type: ignore[attr-defined]
+        place.close()
+
+
+def workers(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit 0 only if a worker of this host lives")] = False,
+) -> None:
+    """List the living workers of the fleet."""
+    found = asyncio.run(_living(load(WorkerSettings)))
+    if check:
+        here = [info for info in found if info.host == socket.gethostname()]
+        typer.echo(f"{len(here)} worker(s) of this host live")
+        raise typer.Exit(0 if here else 1)
+    if as_json:
+        typer.echo(msgspec.json.encode(found).decode())
+    elif found:
+        Console().print(_table(found))
+    else:
+        typer.echo("no worker lives; start one with: pocketfleet worker users:flow")
+
+
+async def _living(settings: WorkerSettings) -> list[WorkerInfo]:
+    place = find_redis(settings, start=False)
+    client = open_retrying_client(place.url, retries=1)
+    try:
+        await checked_connection(client, place.shown)
+        return await living_workers(client)
+    finally:
+        await client.aclose()  # type: ignore[attr-defined]
+        place.close()
+
+
+def _table(found: list[WorkerInfo]) -> Table:
+    table = Table("host", "pid", "flows", "running", "version", "up", box=None, header_style="bold")
+    for info in found:
+        up_s = max(0.0, time.time() - info.started)
+        table.add_row(
+            info.host, str(info.pid), ", ".join(info.flows), str(info.running), info.version, f"{up_s:.0f} s"
+        )
+    return table

@@ -1,0 +1,165 @@
+"""What producer and worker agree on: names, ids, keys, the job's payload and its outcome."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Protocol
+
+import msgspec
+from arq.constants import job_key_prefix
+
+from limiter.keys import GateKeys
+from limiter.limits import Limits, checked_name
+from worker import codec
+
+JOB_ID = re.compile(r"\{([A-Za-z0-9_.-]{1,128})\}:([A-Za-z0-9_.-]{1,128}):(\d{1,15})")
+FOUND_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}(:[A-Za-z0-9_.-]{1,128})?")
+
+COMPLETED, FAILED, ABORTED, QUARANTINED, LOST = "completed", "failed", "aborted", "quarantined", "lost"
+STATUSES = (COMPLETED, FAILED, ABORTED, QUARANTINED, LOST)
+
+
+def job_id(limit: str, batch: str, index: int) -> str:
+    """The id of item `index`; it carries the limit's hash tag.
+
+    >>> job_id("users", "b1", 7)
+    '{users}:b1:7'
+    """
+    return f"{{{limit}}}:{batch}:{index}"
+
+
+def split_job_id(job: str) -> tuple[str, str, int]:
+    """Limit, batch and index of an id that `job_id` made.
+
+    >>> split_job_id("{users}:b1:7")
+    ('users', 'b1', 7)
+    """
+    match = JOB_ID.fullmatch(job)
+    if match is None:
+        raise ValueError(f"not a job id: {job!r}")
+    return match[1], match[2], int(match[3])
+
+
+def limit_of(flow_name: str) -> str:
+    """The limit a flow has when it names none: its own name with ':' as '.'.
+
+    >>> limit_of("users:flow")
+    'users.flow'
+    """
+    return flow_name.replace(":", ".")
+
+
+def queue_key(limit: str, flow: str) -> str:
+    """The sorted set in which the jobs of one flow under one limit wait (arq's queue name)."""
+    return GateKeys(limit).queue(flow)
+
+
+def payload_key(job: str) -> str:
+    """Where a job's payload stands until it is done (arq's job key)."""
+    return job_key_prefix + job
+
+
+def encode_job(flow: str, params: dict[str, Any], enqueue_ms: int) -> bytes:
+    """arq's own job record, in msgpack: `arq.jobs.deserialize_job` with our codec reads it."""
+    return codec.encode({"t": None, "f": flow, "a": (params,), "k": {}, "et": enqueue_ms})
+
+
+class Job(msgspec.Struct):
+    """A decoded payload: the flow's name, the param dict, when it was enqueued (ms since 1970)."""
+
+    flow: str
+    params: dict[str, Any]
+    enqueue_ms: int
+
+
+class _Record(msgspec.Struct):
+    f: str
+    a: tuple[dict[str, Any]]
+    et: int
+
+
+_records = msgspec.msgpack.Decoder(_Record)
+
+
+def decode_job(payload: bytes) -> Job:
+    """Raises `msgspec.DecodeError` (a ValueError) on anything that `encode_job` did not write."""
+    record = _records.decode(payload)
+    return Job(record.f, record.a[0], record.et)
+
+
+class Failure(msgspec.Struct, omit_defaults=True):
+    """Why a run failed, in plain text: an exception's type and message, its node, a short trace."""
+
+    type: str
+    message: str
+    node: str = ""
+    trace: str = ""
+
+
+class Outcome(msgspec.Struct, omit_defaults=True):
+    """How one attempt of one run ended.
+
+    Attributes:
+        status: one of `STATUSES`.
+        action: the run's last action, as the reference's results hold it (None if it cannot travel).
+        difference: what the run changed in the shared store, see `worker.difference`.
+        failure: set unless the status is `completed`.
+        attempts: executions so far by kind: `tries`, `deaths`, `refusals`, `hand_backs` (zeros left out).
+        nodes: name and seconds of each node that ran.
+        left_behind: top-level keys of the shared store that could not travel.
+        started, ended: seconds since 1970 on the worker's clock, for display only.
+    """
+
+    status: str
+    action: Any = None
+    difference: dict[Any, Any] | None = None
+    failure: Failure | None = None
+    attempts: dict[str, int] = {}
+    nodes: list[tuple[str, float]] = []
+    left_behind: list[str] = []
+    host: str = ""
+    started: float = 0.0
+    ended: float = 0.0
+
+
+_outcomes = msgspec.msgpack.Decoder(Outcome)
+encode_outcome = msgspec.msgpack.Encoder().encode
+
+
+def decode_outcome(data: bytes) -> Outcome:
+    """Raises `msgspec.DecodeError` on anything that is no outcome."""
+    return _outcomes.decode(data)
+
+
+def checked_batch(batch: object) -> str:
+    """`batch` as it came, or a `LimitsError` that says which characters an id may have."""
+    return checked_name(batch, "batch")
+
+
+class FleetFlow(Protocol):
+    """All that a worker knows of a flow; `producer.flows` has the class that fulfils it.
+
+    Attributes:
+        start_node, params, get_next_node: PocketFlow's own.
+        keep_result_s: seconds arq's result record is kept; 0 = not at all.
+        inline_sync_nodes: run sync nodes on the event loop instead of in a thread of the run.
+    """
+
+    start_node: Any
+    params: dict[str, Any]
+    keep_result_s: float
+    inline_sync_nodes: bool
+
+    def get_next_node(self, curr: Any, action: Any) -> Any: ...
+
+    def fleet_name(self, found_under: str | None) -> str:
+        """The flow's name: its own, else the one it was found under."""
+
+    def fleet_limits(self, flow_name: str, lease_s: float) -> Limits:
+        """The limit it runs under."""
+
+    async def on_worker_start(self) -> None:
+        """Open what runs need, once per worker process."""
+
+    async def on_worker_stop(self) -> None:
+        """Close it."""

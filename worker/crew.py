@@ -1,0 +1,59 @@
+"""The runs of one limit in this process: what its pump claims for and hands to."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from redis.asyncio import Redis
+
+from limiter.pump import Pump
+from limiter.sync import Claimed
+from worker.registry import ServedFlow
+from worker.run import Run
+from worker.store import Bases
+
+if TYPE_CHECKING:
+    from worker.fleet_worker import FleetWorker
+
+
+class Crew:
+    """Serves the flows of one limit. Its worker decides how many runs there is room for."""
+
+    def __init__(self, worker: FleetWorker, pump: Pump, served: list[ServedFlow], client: Redis) -> None:
+        self.pump = pump
+        self.client = client
+        self.bases = Bases(client)
+        self.serves = {each.name: each for each in served}
+        self.flows = [each.name for each in served]
+        self.asked = 0
+        self.runs: dict[str, Run] = {}
+        self.show_traces = worker.show_traces
+        self._worker = worker
+
+    def room(self) -> int:
+        self.asked = 0
+        self.asked = self._worker.room()
+        return self.asked
+
+    def take(self, jobs: list[Claimed], start_by: float, stamp: int) -> None:
+        self.asked = 0
+        loop = asyncio.get_running_loop()
+        for claimed in jobs:
+            run = self.runs[claimed.id] = Run(self, claimed, start_by, stamp)
+            run.task = loop.create_task(run.execute())
+            run.task.add_done_callback(lambda _, run=run: self._ended(run))  # type: ignore[misc]
+
+    def lost(self, job: str) -> None:
+        run = self.runs.get(job)
+        if run is not None:
+            run.stop("lost")
+
+    def flow_number(self, job: str) -> int:
+        """Which of `flows` the pump thinks a claim belongs to, from 1."""
+        return self.pump.flow_number(job)
+
+    def _ended(self, run: Run) -> None:
+        if self.runs.get(run.claimed.id) is run:
+            del self.runs[run.claimed.id]
+        self._worker.ended(self)

@@ -1,0 +1,162 @@
+"""The worker's loop: serve flows until told to stop, then drain, then hand back what is left."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from limiter.keys import GateKeys
+from limiter.process import Process
+from worker.crew import Crew
+from worker.presence import Presence
+from worker.registry import ServedFlow
+from worker.run import Run
+
+log = logging.getLogger("pocketfleet.worker")
+
+LOOK_S = 0.5
+"""How often a burst worker that has nothing to do looks whether others still have."""
+
+
+class FleetWorker:
+    """Runs the jobs of `served` flows, at most `max_jobs` at a time.
+
+    Args:
+        drain_s: seconds runs may go on once told to stop; then they are handed back, not counted as tries.
+        burst: end by itself when nothing of the flows waits or runs anywhere.
+        show_traces: print the whole traceback of a run that fails.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        served: list[ServedFlow],
+        *,
+        max_jobs: int,
+        drain_s: float,
+        burst: bool = False,
+        show_traces: bool = False,
+    ) -> None:
+        self._process = process
+        self._served = served
+        self._max_jobs = max_jobs
+        self._drain_s = drain_s
+        self._burst = burst
+        self.show_traces = show_traces
+        self._draining = False
+        self._stopping = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self.crews: list[Crew] = []
+        self.stopped = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until `stop`, until cancelled, or, in burst, until there is nothing left anywhere."""
+        try:
+            await self._serve()
+        finally:
+            self.stopped.set()
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """Take no more jobs and let runs finish for `drain_s`, or not at all; then hand them back."""
+        if at_once:
+            self._hurry.set()
+        self._stopping.set()
+
+    def room(self) -> int:
+        """How many more runs may start, less what other crews have asked for."""
+        if self._draining:
+            return 0
+        return max(0, self._max_jobs - self.running - sum(crew.asked for crew in self.crews))
+
+    @property
+    def running(self) -> int:
+        return sum(len(crew.runs) for crew in self.crews)
+
+    def ended(self, crew: Crew) -> None:
+        """A run of `crew` is over; the others may take its place if the worker was full."""
+        if len(self.crews) > 1 and self.running >= self._max_jobs - 1:
+            for other in self.crews:
+                if other is not crew:
+                    other.pump.kick()
+
+    async def _serve(self) -> None:
+        for each in self._served:
+            await each.flow.on_worker_start()
+        presence = Presence(self._process, self._served, lambda: self.running)
+        announcing = asyncio.create_task(presence.announce())
+        try:
+            self._employ()
+            await self._until_stopped()
+        finally:
+            await asyncio.shield(asyncio.create_task(self._end(presence, announcing)))
+
+    def _employ(self) -> None:
+        by_limit: dict[str, list[ServedFlow]] = {}
+        for each in self._served:
+            by_limit.setdefault(each.limits.name, []).append(each)
+        for served in by_limit.values():
+            pump = self._process.pump(served[0].limits)
+            crew = Crew(self, pump, served, self._process.client)
+            self.crews.append(crew)
+            log.info("worker.serves limit=%s flows=%s", pump.name, ",".join(crew.flows))
+        for crew in self.crews:
+            crew.pump.employ(crew)
+
+    async def _until_stopped(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                async with asyncio.timeout(LOOK_S if self._burst else None):
+                    await self._stopping.wait()
+            except TimeoutError:
+                if await self._nothing_left():
+                    return
+
+    async def _nothing_left(self) -> bool:
+        if self.running:
+            return False
+        for crew in self.crews:
+            if crew.pump.answer is None or crew.pump.answer.reason != "jobs":
+                return False
+            keys = GateKeys(crew.pump.name)
+            for flow in crew.flows:
+                if await self._process.client.zcard(keys.queue(flow)):
+                    return False
+        return True
+
+    async def _end(self, presence: Presence, announcing: asyncio.Task[None]) -> None:
+        await self._drain()
+        for crew in self.crews:
+            crew.pump.dismiss()
+        announcing.cancel()
+        await presence.leave()
+        for each in self._served:
+            try:
+                await each.flow.on_worker_stop()
+            except Exception:
+                log.exception("worker.stop_hook_failed flow=%s", each.name)
+
+    async def _drain(self) -> None:
+        """Let runs finish for the grace, then hand them back; wait until the gate has heard."""
+        self._draining = True
+        for crew in self.crews:
+            crew.pump.kick()
+        if self.running:
+            log.info("worker.drains running=%d for_s=%g", self.running, self._drain_s)
+            await self._let_finish()
+        for run in self._runs():
+            log.info("run.handed_back job=%s", run.claimed.id)
+            run.stop("hand")
+        if tasks := self._tasks():
+            await asyncio.wait(tasks, timeout=1.0 if self._hurry.is_set() else 5.0)
+
+    async def _let_finish(self) -> None:
+        hurry = asyncio.create_task(self._hurry.wait())
+        finished = asyncio.gather(*self._tasks(), return_exceptions=True)
+        await asyncio.wait([hurry, finished], timeout=self._drain_s, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+
+    def _runs(self) -> list[Run]:
+        return [run for crew in self.crews for run in crew.runs.values()]
+
+    def _tasks(self) -> list[asyncio.Task[None]]:
+        return [run.task for run in self._runs() if run.task is not None]

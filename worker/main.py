@@ -1,0 +1,147 @@
+"""The settings class that arq's own command starts: `arq worker.main.WorkerSettings`.
+
+arq's `Worker` is only the host: command line, signals, shutdown. Its own loop looks at a control queue
+on which no job ever stands, so it can run nothing past the limit; `on_startup` runs our loop instead.
+`pocketfleet worker` takes the same path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Any
+
+import click
+from redis.exceptions import RedisError
+
+from limiter.client import checked_connection
+from limiter.connect import Place, find_redis
+from limiter.errors import LimiterError, RedisRefused
+from limiter.keys import ROOT
+from limiter.process import Process, open_process
+from limiter.settings import load
+from worker import output
+from worker.client import arq_settings
+from worker.errors import TargetError, WorkerError
+from worker.fleet_worker import FleetWorker
+from worker.lifeline import watch_lifeline
+from worker.presence import health_key
+from worker.registry import ServedFlow, serve
+from worker.settings import WorkerSettings as Settings
+
+CONTROL_QUEUE = ROOT + "control"
+
+
+def settings_class() -> type:
+    """What arq reads: built when it is asked for, since arq sees only a class's own attributes."""
+    settings, place = settings_and_place()
+
+    async def take_over(ctx: dict[Any, Any]) -> None:
+        await _take_over(ctx, settings, place)
+
+    return type(
+        "WorkerSettings",
+        (),
+        {
+            "functions": [refuse_ungated],
+            "queue_name": CONTROL_QUEUE,
+            "health_check_key": health_key(),
+            "redis_settings": arq_settings(place.url),
+            "on_startup": take_over,
+            "on_shutdown": wait_drained,
+        },
+    )
+
+
+def settings_and_place() -> tuple[Settings, Place]:
+    """The settings and the Redis they lead to, or the end of the process with one sentence."""
+    try:
+        settings = load(Settings)
+        return settings, find_redis(settings, start=False)
+    except LimiterError as error:
+        end(error)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "WorkerSettings":
+        return settings_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+async def refuse_ungated(ctx: dict[Any, Any]) -> None:
+    """The one function arq knows; nothing ever calls it."""
+    raise RuntimeError("PocketFleet's runs are admitted by its own loop, never by arq's")
+
+
+async def wait_drained(ctx: dict[Any, Any]) -> None:
+    """`--watch` closes the worker without waiting for its main task: wait for the drain here."""
+    worker = ctx.get("worker")
+    if worker is not None:
+        await worker.stopped.wait()
+
+
+async def _take_over(ctx: dict[Any, Any], settings: Settings, place: Place) -> None:
+    """Run our loop until a signal, the lifeline or, in burst, the end of the work."""
+    try:
+        served = serve(targets(settings), settings.lease_s)
+        process = await open_checked(settings, place)
+    except (LimiterError, WorkerError) as error:
+        end(error)
+    output.prefix_items(settings.log_level)
+    worker = ctx["worker"] = FleetWorker(
+        process,
+        served,
+        max_jobs=settings.max_jobs,
+        drain_s=settings.drain_s,
+        burst=settings.burst or _asked_for_burst(),
+    )
+    watch_lifeline(worker)
+    print(greeting(served, place), flush=True)
+    try:
+        await worker.run()
+    finally:
+        await asyncio.shield(process.close())
+        place.close()
+    if not ctx.get("burst"):
+        raise asyncio.CancelledError  # ends arq's main task as a signal would
+
+
+def greeting(served: list[ServedFlow], place: Place) -> str:
+    names = "; ".join(
+        f"flow {each.name} under limit {each.limits.name} (max_concurrent={each.limits.max_concurrent}, "
+        f"per minute={each.limits.max_per_window or 'no limit'})"
+        for each in served
+    )
+    return f"worker serves {names} at {place.shown}"
+
+
+def targets(settings: Settings) -> list[str]:
+    found = [target.strip() for target in (settings.flows or '').replace(' ', ',').split(',') if target.strip()]
+    if not found:
+        raise TargetError("POCKETFLEET_FLOWS", "is not set; name the flows to serve, such as users:flow")
+    return found
+
+
+async def open_checked(settings: Settings, place: Place) -> Process:
+    """A process at a Redis that answered."""
+    process = await open_process(place.url, lease_s=settings.lease_s, stall_limit_s=settings.stall_limit_s)
+    try:
+        warning = await checked_connection(process.client, place.shown)
+    except (RedisRefused, RedisError, OSError):
+        await process.close()
+        raise
+    if warning:
+        print(warning, file=sys.stderr)
+    return process
+
+
+def _asked_for_burst() -> bool:
+    """Whether arq's command was called with --burst: the context arq hands over does not say."""
+    context = click.get_current_context(silent=True)
+    return bool(context and context.params.get("burst"))
+
+
+def end(error: Exception) -> Any:
+    """End the process with a sentence: 3 where Redis refused us, else 2."""
+    print(error, file=sys.stderr)
+    raise SystemExit(3 if isinstance(error, RedisRefused) else 2)

@@ -1,0 +1,103 @@
+"""Which workers live: each says so in a key of its own that expires with its silence."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import msgspec
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from limiter.keys import ROOT, WORKERS, worker_key
+from limiter.process import Process
+from worker.registry import ServedFlow
+from worker.run import HOST
+
+
+def health_key(host: str = HOST) -> str:
+    """arq's health line, one per host: `arq --check` looks there."""
+    return f"{ROOT}health:{host}"
+
+
+class WorkerInfo(msgspec.Struct):
+    """What one living worker says of itself. Times are seconds since 1970."""
+
+    process: str
+    host: str
+    pid: int
+    flows: list[str]
+    limits: list[str]
+    running: int
+    version: str
+    started: float
+
+
+_infos = msgspec.json.Decoder(WorkerInfo)
+
+
+def our_version() -> str:
+    try:
+        return version("pocketfleet")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+class Presence:
+    """Announces one worker every third of a lease; silent for two leases, it is forgotten."""
+
+    def __init__(self, process: Process, served: list[ServedFlow], running: Callable[[], int]) -> None:
+        self._client = process.client
+        self._every_s = process.lease_s / 3
+        self._running = running
+        self._info = WorkerInfo(
+            process=process.id,
+            host=HOST,
+            pid=os.getpid(),
+            flows=[each.name for each in served],
+            limits=sorted({each.limits.name for each in served}),
+            running=0,
+            version=our_version(),
+            started=time.time(),
+        )
+
+    async def announce(self) -> None:
+        """Until cancelled. Redis being away does not end it."""
+        while True:
+            with contextlib.suppress(RedisError, OSError):
+                await self._say()
+            await asyncio.sleep(self._every_s)
+
+    async def _say(self) -> None:
+        self._info.running = self._running()
+        lifetime_ms = round(self._every_s * 6000)
+        data = msgspec.json.encode(self._info)
+        async with self._client.pipeline(transaction=False) as pipe:
+            pipe.set(worker_key(self._info.process), data, px=lifetime_ms)
+            pipe.zadd(WORKERS, {self._info.process: time.time() + lifetime_ms / 1000})
+            pipe.pexpire(WORKERS, lifetime_ms)
+            pipe.set(health_key(), f"j_ongoing={self._info.running}", px=lifetime_ms)
+            await pipe.execute()
+
+    async def leave(self) -> None:
+        with contextlib.suppress(RedisError, OSError, TimeoutError):
+            async with asyncio.timeout(1.0):
+                await self._client.delete(worker_key(self._info.process))
+                await self._client.zrem(WORKERS, self._info.process)
+
+
+async def living_workers(client: Redis) -> list[WorkerInfo]:
+    """Every worker that was heard within two leases, oldest first."""
+    names: list[Any] = await client.zrange(WORKERS, 0, -1)
+    if not names:
+        return []
+    found = await client.mget([worker_key(name.decode()) for name in names])
+    gone = [name for name, data in zip(names, found, strict=True) if data is None]
+    if gone:
+        await client.zrem(WORKERS, *gone)
+    return sorted((_infos.decode(data) for data in found if data), key=lambda info: info.started)

@@ -1,0 +1,196 @@
+"""One flow run: walk a copy of the node graph, exactly as PocketFlow does, but node by node."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Awaitable, Callable
+from time import perf_counter
+from typing import Any, Literal
+
+from pocketflow import AsyncFlow, AsyncNode, BaseNode, Flow
+
+Path = tuple[tuple[Any, ...], ...]
+BeforeNode = Callable[["NodeStep"], Awaitable[None]]
+SyncRunner = Callable[..., Awaitable[Any]]
+
+
+async def walk(
+    flow: Any,
+    params: dict[str, Any],
+    shared: Any,
+    *,
+    before_node: BeforeNode,
+    sync_runner: SyncRunner | None,
+    timings: list[tuple[str, float]],
+) -> Any:
+    """Run the graph of `flow` once with `params`; return the last action.
+
+    Calls, in the order and with the arguments of `AsyncFlow._orch_async(shared, {**flow.params,
+    **params})`, the nodes' own methods, whatever version of PocketFlow they come from. Of `flow`
+    only `start_node`, `params` and `get_next_node` are used. Nodes are copied, so runs can walk
+    one graph at the same time. Whatever a node raises comes out unchanged.
+
+    A nested Flow or AsyncFlow is walked node by node too. One that overrides `_run`, `_orch` or
+    their async forms, as PocketFlow's batch flows do, runs as one node: inside it nothing is
+    announced, and the sync nodes of an async one run on the loop.
+
+    Args:
+        before_node: awaited before each `NodeStep`, the only place between two nodes. It may wait,
+            write a checkpoint (`step.path` is where to go on), remember the step as the one in
+            which the run is, or raise to end the run.
+        sync_runner: awaited as `sync_runner(function, shared, ...)` for what is not async, such
+            as `RunThread.call`; None runs it on the loop, as PocketFlow does.
+        timings: gets class name and seconds of each node that ended, also of one that raised.
+    """
+    walker = _Walker(shared, before_node, sync_runner or _inline, timings)
+    return await walker.graph(flow, {**flow.params, **params}, None, True)
+
+
+class NodeStep:
+    """What is about to run: a whole node, or the `prep` or `post` of a nested flow.
+
+    Attributes:
+        node: the copy that will run, its params set.
+        origin: the node of the user's graph that it is a copy of.
+        flow: the flow whose graph it stands in.
+        parent: the step of that flow, None at the top level.
+        part: "node", or for a nested flow that is walked node by node "prep" or "post".
+    """
+
+    __slots__ = ("node", "origin", "flow", "parent", "part")
+
+    def __init__(
+        self,
+        node: Any,
+        origin: Any,
+        flow: Any,
+        parent: NodeStep | None,
+        part: Literal["node", "prep", "post"] = "node",
+    ) -> None:
+        self.node = node
+        self.origin = origin
+        self.flow = flow
+        self.parent = parent
+        self.part = part
+
+    @property
+    def name(self) -> str:
+        """The name of the node's class."""
+        return type(self.node).__name__
+
+    @property
+    def path(self) -> Path | None:
+        """Where the node stands: per level of nesting the actions that lead to it from the start.
+
+        The shortest way, so a loop does not lengthen it, and the same in every process that has
+        the same graph. None for a node that no successor leads to (a `get_next_node` made it).
+        """
+        above = () if self.parent is None else self.parent.path
+        way = way_to(self.origin, self.flow.start_node)
+        return None if above is None or way is None else (*above, way)
+
+
+def way_to(node: Any, start: Any) -> tuple[Any, ...] | None:
+    """The fewest actions that lead from `start` to `node`, None if none do; () for `start`."""
+    line: deque[tuple[Any, tuple[Any, ...]]] = deque([(start, ())])
+    seen = {id(start)}
+    while line:
+        here, way = line.popleft()
+        if here is node:
+            return way
+        for action, after in here.successors.items():
+            if after is not None and id(after) not in seen:
+                seen.add(id(after))
+                line.append((after, (*way, action)))
+    return None
+
+
+class _Walker:
+    """What stays the same during one run."""
+
+    __slots__ = ("shared", "before_node", "sync_runner", "timings")
+
+    def __init__(
+        self,
+        shared: Any,
+        before_node: BeforeNode,
+        sync_runner: SyncRunner,
+        timings: list[tuple[str, float]],
+    ) -> None:
+        self.shared = shared
+        self.before_node = before_node
+        self.sync_runner = sync_runner
+        self.timings = timings
+
+    async def graph(self, flow: Any, params: dict[str, Any], parent: NodeStep | None, is_async: bool) -> Any:
+        """From the flow's start to its end. In a sync flow (`is_async` false) nothing is awaited
+        by PocketFlow: an AsyncNode in it raises, and an AsyncFlow in it runs as a sync one."""
+        origin, action = flow.start_node, None
+        node = copy.copy(origin)
+        while node:
+            node.set_params(params)
+            step = NodeStep(node, origin, flow, parent)
+            awaited = is_async and isinstance(node, AsyncNode)
+            if isinstance(node, Flow) and _is_plain(node, awaited):
+                action = await self.nested(step, awaited)
+            else:
+                action = await self.whole(step, awaited)
+            origin = flow.get_next_node(node, action)
+            node = copy.copy(origin)
+        return action
+
+    async def whole(self, step: NodeStep, awaited: bool) -> Any:
+        """One node, prep to post."""
+        node = step.node
+        await self.before_node(step)
+        began = perf_counter()
+        try:
+            if awaited:
+                return await node._run_async(self.shared)
+            return await self.sync_runner(node._run, self.shared)
+        finally:
+            self.timings.append((type(node).__name__, perf_counter() - began))
+
+    async def nested(self, step: NodeStep, awaited: bool) -> Any:
+        """A nested flow: its prep, its graph, its post, whose answer is the action."""
+        flow = step.node
+        prepared = await self.prep(step, awaited)
+        action = await self.graph(flow, {**flow.params}, step, awaited)
+        return await self.post(step, awaited, prepared, action)
+
+    async def prep(self, step: NodeStep, awaited: bool) -> Any:
+        flow = step.node
+        if _is_own(flow.prep_async, AsyncNode.prep_async) if awaited else _is_own(flow.prep, BaseNode.prep):
+            return None
+        await self.before_node(NodeStep(flow, step.origin, step.flow, step.parent, "prep"))
+        if awaited:
+            return await flow.prep_async(self.shared)
+        return await self.sync_runner(flow.prep, self.shared)
+
+    async def post(self, step: NodeStep, awaited: bool, prepared: Any, action: Any) -> Any:
+        flow = step.node
+        if _is_own(flow.post_async, AsyncFlow.post_async) if awaited else _is_own(flow.post, Flow.post):
+            return action
+        await self.before_node(NodeStep(flow, step.origin, step.flow, step.parent, "post"))
+        if awaited:
+            return await flow.post_async(self.shared, prepared, action)
+        return await self.sync_runner(flow.post, self.shared, prepared, action)
+
+
+def _is_plain(flow: Any, awaited: bool) -> bool:
+    """Whether PocketFlow's own code would run this nested flow's graph once, from start to end."""
+    if awaited:
+        return _is_own(flow._run_async, AsyncFlow._run_async) and _is_own(
+            flow._orch_async, AsyncFlow._orch_async
+        )
+    return _is_own(flow._run, Flow._run) and _is_own(flow._orch, Flow._orch)
+
+
+def _is_own(method: Any, original: Any) -> bool:
+    """Whether a bound method is PocketFlow's, overridden neither by a class nor on the object."""
+    return getattr(method, "__func__", None) is original
+
+
+async def _inline(function: Callable[..., Any], /, *args: Any) -> Any:
+    return function(*args)
