@@ -55,12 +55,14 @@ async def _views(settings: FleetSettings, name: str | None) -> list[GateView]:
             raise LimitsError(f"limit '{name}' is not known here (known: {known})", key="limit", value=name)
         return [view for view in views if view is not None]
     finally:
-        await client.aclose()  # type: ignore[attr-defined]
+        await client.aclose()
         place.close()
 
 
 def _table(views: list[GateView]) -> Table:
-    table = Table("limit", "in use", "level", "max", "starts", "waiting", "held back by", box=None, header_style="bold")
+    table = Table(
+        "limit", "in use", "level", "max", "starts", "waiting", "held back by", box=None, header_style="bold"
+    )
     for view in views:
         starts = f"{view.used}/{view.max_per_window} in {view.window_s:g} s" if view.max_per_window else "-"
         table.add_row(

@@ -132,9 +132,10 @@ local function extend_after_stall(state, now)
     local alive = redis.call('ZRANGEBYSCORE', LEASES, whole(state.last), '+inf', 'WITHSCORES')
     for i = 1, #alive, 2 do
       local record = read_record(redis.call('HGET', GATE, 'p:' .. alive[i]))
-      if record and not record.extended then
+      if record and not record.extended and alive[i] ~= ARGV[1] then
+        local ends = tonumber(alive[i + 1])
         record.extended = true
-        record.ends = math.min(tonumber(alive[i + 1]) + gap, now + state.lease)
+        record.ends = math.max(ends, math.min(ends + gap, now + state.lease))
         redis.call('ZADD', LEASES, whole(record.ends), alive[i])
         redis.call('HSET', GATE, 'p:' .. alive[i], write_record(record))
       end

@@ -84,7 +84,9 @@ def _give_up(waiter: asyncio.Future[Permit], pump: Pump, timeout_s: float) -> No
 
 
 @lru_cache(maxsize=4096)
-def _limits(name: str, max_concurrent: int | None, max_per_minute: int | None, lease_s: float) -> Limits | str:
+def _limits(
+    name: str, max_concurrent: int | None, max_per_minute: int | None, lease_s: float
+) -> Limits | str:
     if max_concurrent is None and max_per_minute is None:
         return checked_name(name)
     return Limits(

@@ -116,7 +116,7 @@ class Process:
             self._renewal.stop()
         for client in (self.client, self._wake_client):
             with contextlib.suppress(Exception):
-                await client.aclose()  # type: ignore[attr-defined]
+                await client.aclose()
         while self._closers:
             self._closers.pop()()
 

@@ -35,7 +35,9 @@ MOST_BYTES = 256 * 1024
 class Crew(Protocol):
     """Who runs the jobs a pump claims: the worker's side."""
 
-    flows: Sequence[str]
+    @property
+    def flows(self) -> Sequence[str]:
+        """Names of the flows whose jobs it takes."""
 
     def room(self) -> int:
         """How many more jobs it would take now."""

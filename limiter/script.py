@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis

@@ -263,6 +263,8 @@ local function adopted(id, attempt, what, flow, opens)
   local name, index = string.match(id, '^{.-}:(.-):(%d+)$')
   if now >= opens or what == 'back' or not flow then return nil end
   if redis.call('GETBIT', ROOT .. 'done:' .. name, index) == 1 then return nil end
+  -- not yet enqueued again by its producer, so nobody has counted it
+  if not redis.call('ZSCORE', queue_of(flow), id) then redis.call('HINCRBY', ROOT .. 'batch:' .. name, 'left', 1) end
   return { attempt = attempt, place = state.place, deaths = 0, refused = 0, backs = 0, flow = flow }
 end
 

@@ -67,7 +67,7 @@ async def read_gate(client: Redis, name: str) -> GateView | None:
     """The gate of a limit, or None if there is none (nobody has called yet, or not for a long time)."""
     keys = GateKeys(name)
     async with client.pipeline(transaction=False) as pipe:
-        pipe.hmget(keys.gate, *FIELDS)
+        pipe.hmget(keys.gate, list(FIELDS))
         pipe.time()
         pipe.smembers(keys.flows)
         pipe.zcard(keys.leases)
@@ -78,7 +78,9 @@ async def read_gate(client: Redis, name: str) -> GateView | None:
     state = {field: float(value or 0) for field, value in zip(FIELDS, values, strict=True)}
     now = max(seconds * 1e6 + micros, state["last"])
     used, next_start = await _window(client, keys, state, now)
-    opens = state["gen"] + max(state["lease"], state["window"] if state["rate"] else 0) if state["cold"] else 0
+    opens = (
+        state["gen"] + max(state["lease"], state["window"] if state["rate"] else 0) if state["cold"] else 0
+    )
     names = sorted(flow.decode() for flow in flows)
     waiting = {flow: await client.zcount(keys.queue(flow), "-inf", 2**52) for flow in names}
     return GateView(
@@ -106,7 +108,7 @@ async def _window(client: Redis, keys: GateKeys, state: dict[str, float], now: f
     rate = int(state["rate"])
     if not rate:
         return 0, 0.0
-    stamps: list[Any] = await client.lrange(keys.starts, -rate, -1)
+    stamps: Any = await client.lrange(keys.starts, -rate, -1)  # type: ignore[misc]
     inside = [float(stamp) for stamp in stamps if float(stamp) > now - state["window"]]
     if len(inside) < rate:
         return len(inside), 0.0

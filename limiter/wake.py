@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
 
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
@@ -78,6 +77,6 @@ class WakeCalls:
 
 async def _close(pubsub: PubSub) -> None:
     try:
-        await pubsub.aclose()  # type: ignore[attr-defined]
+        await pubsub.aclose()  # type: ignore[no-untyped-call]
     except (RedisError, OSError):
         pass

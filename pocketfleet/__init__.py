@@ -13,13 +13,20 @@ def _refuse_shadows() -> None:
         for entry in _sys.path:
             for found in (_Path(entry or ".") / f"{room}.py", _Path(entry or ".") / room / "__init__.py"):
                 if found.is_file() and not found.resolve().is_relative_to(home / room):
-                    raise ImportError(f"{found.resolve()} has the name of PocketFleet's own '{room}': rename it")
+                    raise ImportError(
+                        f"{found.resolve()} has the name of PocketFleet's own '{room}': rename it"
+                    )
 
 
 _refuse_shadows()
 
 from limiter.errors import (  # noqa: E402
-    AdmissionTimeout, LeaseLost, LimiterError, LimitsError, RedisRefused, SettingsError,
+    AdmissionTimeout,
+    LeaseLost,
+    LimiterError,
+    LimitsError,
+    RedisRefused,
+    SettingsError,
 )
 from limiter.permit import Permit, limit  # noqa: E402
 from producer.errors import InputError, ParamsError, ProducerError, SpoolError  # noqa: E402

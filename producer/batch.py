@@ -71,7 +71,9 @@ async def as_async(items: Any, where: str) -> AsyncIterator[Any]:
     if items is None:
         return
     if isinstance(items, (dict, str, bytes)):
-        raise ProducerError(f"{where} returned a {type(items).__name__}; return a list of dicts. Nothing was enqueued.")
+        raise ProducerError(
+            f"{where} returned a {type(items).__name__}; return a list of dicts. Nothing was enqueued."
+        )
     if hasattr(items, "__aiter__"):
         async for each in items:
             yield each
@@ -81,7 +83,9 @@ async def as_async(items: Any, where: str) -> AsyncIterator[Any]:
                 await asyncio.sleep(0)
             yield each
     else:
-        raise ProducerError(f"{where} returned a {type(items).__name__}; return a list of dicts. Nothing was enqueued.")
+        raise ProducerError(
+            f"{where} returned a {type(items).__name__}; return a list of dicts. Nothing was enqueued."
+        )
 
 
 async def write_spool(
@@ -150,14 +154,16 @@ async def announce(client: Redis, spool: Spool) -> None:
     facts |= {f"digest:{number}": value for number, value in enumerate(spool.digests)}
     base = spool.base()
     async with client.pipeline(transaction=False) as pipe:
-        pipe.hset(BATCHES, spool.batch, msgspec.json.encode({"limit": spool.limit, "flow": spool.flow}))
+        pipe.hset(BATCHES, spool.batch, msgspec.json.encode({"limit": spool.limit, "flow": spool.flow}).decode())
         pipe.hset(keys.batch(spool.batch), mapping=facts)
         if base:
             pipe.set(keys.base(spool.batch), base)
         await pipe.execute()
 
 
-async def enqueue(client: Redis, spool: Spool, told: Callable[[int], None] = lambda sent: None) -> tuple[int, int]:
+async def enqueue(
+    client: Redis, spool: Spool, told: Callable[[int], None] = lambda sent: None
+) -> tuple[int, int]:
     """Put a spool's items into the queue, those that are not there yet. Safe to repeat.
 
     Args:
@@ -210,7 +216,7 @@ def _frame(flow: str) -> tuple[bytes, bytes]:
     [{'a': 1}]
     """
     mark = b"PARAMS-STAND-HERE"
-    record = {"t": None, "f": flow, "a": (msgspec.Raw(mark),), "k": {}, "et": round(time.time() * 1000)}
+    record: dict[str, Any] = {"t": None, "f": flow, "a": (msgspec.Raw(mark),), "k": {}, "et": round(time.time() * 1000)}
     head, _, tail = codec.encode(record).partition(mark)
     return head, tail
 
@@ -221,9 +227,9 @@ async def find_batch(client: Redis, batch: str) -> tuple[str, str]:
     Raises:
         SpoolError: nobody knows it.
     """
-    found = await client.hget(BATCHES, batch)
+    found = await client.hget(BATCHES, batch)  # type: ignore[misc]
     if found is None:
-        known = [name.decode() for name in await client.hkeys(BATCHES)]
+        known = [name.decode() for name in await client.hkeys(BATCHES)]  # type: ignore[misc]
         latest = f" (known: {', '.join(sorted(known)[-5:])})" if known else ""
         raise SpoolError(f"batch '{batch}' is not known here{latest}", batch=batch)
     facts = msgspec.json.decode(found)

@@ -25,7 +25,9 @@ from worker.registry import check_shadows, find_flow
 Target = Annotated[str, typer.Argument(help="Where the flow is, such as users:flow")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="key=JSON of the shared store; may repeat")]
 Shared = Annotated[str | None, typer.Option("--shared", help="JSON file with the shared store; - is stdin")]
-Params = Annotated[str | None, typer.Option("--params", help="JSONL or CSV of param dicts; - is stdin (JSONL)")]
+Params = Annotated[
+    str | None, typer.Option("--params", help="JSONL or CSV of param dicts; - is stdin (JSONL)")
+]
 Batch = Annotated[str | None, typer.Option("--batch", help="Id of the batch; the same id goes on with it")]
 First = Annotated[int | None, typer.Option("--first", help="Take only the first N items", min=1)]
 
@@ -43,7 +45,9 @@ def run(
     output: Annotated[Path | None, typer.Option(help="JSON lines file, one line per item")] = None,
 ) -> None:
     """Run a flow over many items: enqueue, start workers, follow, merge."""
-    fleet_run = _fleet_run(target, set_, shared, params, batch, first, cores() if workers is None else workers, output)
+    fleet_run = _fleet_run(
+        target, set_, shared, params, batch, first, cores() if workers is None else workers, output
+    )
     if fleet_run.output is None:
         fleet_run.output = fleet_run.settings.data_dir / "output" / f"{fleet_run.batch}.jsonl"
     typer.echo(_names(fleet_run), err=True)
@@ -147,7 +151,11 @@ def status(
     if as_json:
         typer.echo(json.dumps(counts, indent=2))
     else:
-        shown = ", ".join(f"{counts[key]} {key}" for key in ("completed", "failed", "aborted", "quarantined", "lost") if counts.get(key))
+        shown = ", ".join(
+            f"{counts[key]} {key}"
+            for key in ("completed", "failed", "aborted", "quarantined", "lost")
+            if counts.get(key)
+        )
         typer.echo(f"{batch}: {counts['left']} of {counts['count']} left{', ' if shown else ''}{shown}")
     failed = sum(counts.get(key, 0) for key in ("failed", "aborted", "quarantined", "lost"))
     raise typer.Exit(1 if failed and counts["left"] <= 0 else 0)
@@ -162,5 +170,5 @@ async def _status(settings: ProducerSettings, batch: str) -> dict[str, Any]:
         counts = await batch_counts(client, limit, batch)
         return {"batch": batch, "limit": limit, "left": 0, "count": 0, **counts}
     finally:
-        await client.aclose()  # type: ignore[attr-defined]
+        await client.aclose()
         place.close()

@@ -116,7 +116,11 @@ class FleetRun:
         prepared = self._flow.prep_async(self._shared)
         if hasattr(prepared, "__await__"):
             prepared = await prepared
-        return (prepared if isinstance(prepared, list) else None), as_async(prepared, "prep_async"), "prep_async"
+        return (
+            (prepared if isinstance(prepared, list) else None),
+            as_async(prepared, "prep_async"),
+            "prep_async",
+        )
 
     async def _write_spool(self, items: AsyncIterator[Any], where: str) -> Spool:
         return await write_spool(
@@ -138,7 +142,7 @@ class FleetRun:
             await checked_connection(client, place.shown)
             yield client, place
         finally:
-            await client.aclose()  # type: ignore[attr-defined]
+            await client.aclose()
             await asyncio.to_thread(place.close)
 
     async def _serving(self, client: Redis) -> int:
@@ -152,16 +156,22 @@ class FleetRun:
         async with self._hands(client, place, progress) as hands:
             progress.start(client)
             try:
-                self.added, self.done_before = await enqueue(client, spool, lambda sent: setattr(progress, "sent", sent))
+                self.added, self.done_before = await enqueue(
+                    client, spool, lambda sent: setattr(progress, "sent", sent)
+                )
                 if self.workers is None and not await self._serving(client):
-                    progress.say(f"no worker serves {self.served.name}; start one: pocketfleet worker {self.served.target}")
+                    progress.say(
+                        f"no worker serves {self.served.name}; start one: pocketfleet worker {self.served.target}"
+                    )
                 await self._follow(place, spool, progress, hands)
             finally:
                 self.seconds = time.monotonic() - began
                 await progress.stop()
 
     @contextlib.asynccontextmanager
-    async def _hands(self, client: Redis, place: Place, progress: Progress) -> AsyncIterator[LocalWorkers | None]:
+    async def _hands(
+        self, client: Redis, place: Place, progress: Progress
+    ) -> AsyncIterator[LocalWorkers | None]:
         """Whoever runs the jobs: workers that are there, this process, or processes of our own."""
         if self.workers is None:
             yield None
@@ -186,7 +196,11 @@ class FleetRun:
         """A worker in this process: full tracebacks, breakpoints work."""
         process = await open_process(place.url, lease_s=self.settings.lease_s, stall_limit_s=86_400.0)
         worker = FleetWorker(
-            process, [self.served], max_jobs=self.settings.max_jobs, drain_s=self.settings.drain_s, show_traces=True
+            process,
+            [self.served],
+            max_jobs=self.settings.max_jobs,
+            drain_s=self.settings.drain_s,
+            show_traces=True,
         )
         running = asyncio.create_task(worker.run())
         finished = False
@@ -198,7 +212,9 @@ class FleetRun:
             await asyncio.shield(asyncio.gather(running, return_exceptions=True))
             await asyncio.shield(process.close())
 
-    async def _follow(self, place: Place, spool: Spool, progress: Progress, hands: LocalWorkers | None) -> None:
+    async def _follow(
+        self, place: Place, spool: Spool, progress: Progress, hands: LocalWorkers | None
+    ) -> None:
         base_bytes = spool.base()
         base = codec.decode(base_bytes) if base_bytes else {}
         store = self._shared if isinstance(self._shared, dict) else {}
@@ -225,7 +241,7 @@ class FleetRun:
         finally:
             if lines:
                 lines.close()
-            await reader.aclose()  # type: ignore[attr-defined]
+            await reader.aclose()
         merger.finish()
 
     def _take(

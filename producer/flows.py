@@ -20,7 +20,7 @@ from producer.errors import ProducerError
 from worker.contract import FOUND_NAME, limit_of
 
 
-class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[misc]
+class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[type-arg]
     """Runs its node graph once per param dict of `prep_async`, under limits that hold across the fleet.
 
     Class attributes, each also a keyword:
@@ -69,7 +69,9 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[m
         super().__init__(start=start)
         for key, value in values.items():
             if key not in self._keywords:
-                raise TypeError(f"{type(self).__name__} has no keyword '{key}' (it has: {', '.join(self._keywords)})")
+                raise TypeError(
+                    f"{type(self).__name__} has no keyword '{key}' (it has: {', '.join(self._keywords)})"
+                )
             if value is not None:
                 setattr(self, key, value)
         self._check()
@@ -84,7 +86,9 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[m
                 checked_name(value, key)
         if self.conflicts not in ("last", "fail"):
             raise LimitsError(
-                f"conflicts={self.conflicts!r} cannot hold: use 'last' or 'fail'", key="conflicts", value=self.conflicts
+                f"conflicts={self.conflicts!r} cannot hold: use 'last' or 'fail'",
+                key="conflicts",
+                value=self.conflicts,
             )
 
     # --- hooks -------------------------------------------------------------------------------------
@@ -165,7 +169,12 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[m
         return await self.post_async(shared, prepared, results)
 
     async def run_on_fleet(
-        self, shared: Any, *, batch: str | None = None, workers: int | None = None, output: str | Path | None = None
+        self,
+        shared: Any,
+        *,
+        batch: str | None = None,
+        workers: int | None = None,
+        output: str | Path | None = None,
     ) -> Any:
         """Have the fleet run the flows; return what `post_async(shared, prep_res, results)` returns.
 

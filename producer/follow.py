@@ -28,7 +28,9 @@ class Ended(msgspec.Struct):
     position: str
 
 
-async def outcomes(client: Redis, limit: str, batch: str, position: str = "0-0") -> AsyncIterator[list[Ended]]:
+async def outcomes(
+    client: Redis, limit: str, batch: str, position: str = "0-0"
+) -> AsyncIterator[list[Ended]]:
     """Outcomes in the order in which they were recorded, in lists as they come; does not end by itself.
 
     An empty list comes at least every two seconds, so that the caller can look after other things.
@@ -52,7 +54,9 @@ async def outcomes(client: Redis, limit: str, batch: str, position: str = "0-0")
             await asyncio.sleep(GATHER_S)
 
 
-async def _ended(client: Redis, keys: GateKeys, batch: str, stream_id: bytes, fields: dict[bytes, bytes]) -> Ended:
+async def _ended(
+    client: Redis, keys: GateKeys, batch: str, stream_id: bytes, fields: dict[bytes, bytes]
+) -> Ended:
     index, attempt, status = int(fields[b"i"]), int(fields[b"t"]), fields[b"s"].decode()
     data = fields[b"o"]
     if not data and status != LOST:
@@ -72,7 +76,7 @@ def _outcome(status: str, data: bytes) -> Outcome:
 
 async def batch_counts(client: Redis, limit: str, batch: str) -> dict[str, Any]:
     """Counts of a batch as Redis has them: `count`, `left`, and one per status."""
-    found = await client.hgetall(GateKeys(limit).batch(batch))
+    found = await client.hgetall(GateKeys(limit).batch(batch))  # type: ignore[misc]
     return {
         key.decode(): int(value) if value.isdigit() else value.decode()
         for key, value in found.items()

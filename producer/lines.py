@@ -22,7 +22,9 @@ class LineFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[bytes] = path.open("wb")
         except OSError as error:
-            raise InputError(f"--output {path} cannot be written: {error.strerror}", source=str(path)) from None
+            raise InputError(
+                f"--output {path} cannot be written: {error.strerror}", source=str(path)
+            ) from None
 
     def write(self, ended: Ended, params: dict[str, Any]) -> None:
         self._file.write(line_of(ended, params) + b"\n")

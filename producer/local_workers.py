@@ -24,13 +24,19 @@ class LocalWorkers:
     pipe: when this process ends, however it ends, they hand back what runs and leave.
     """
 
-    def __init__(self, target: str, count: int, url: str, data_dir: Path, logs: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, target: str, count: int, url: str, data_dir: Path, logs: Path, say: Callable[[str], None]
+    ) -> None:
         self._target = target
         self._count = count
         self._logs = logs
         self._say = say
         self._reading, self._writing = os.pipe()
-        self._env = {**os.environ, "POCKETFLEET_REDIS_URL": url, "POCKETFLEET_DATA_DIR": str(data_dir.resolve())}
+        self._env = {
+            **os.environ,
+            "POCKETFLEET_REDIS_URL": url,
+            "POCKETFLEET_DATA_DIR": str(data_dir.resolve()),
+        }
         self._env |= {VARIABLE: str(self._reading), "PYTHONUNBUFFERED": "1"}
         self._env.pop("POCKETFLEET_BURST", None)
         self._processes: dict[int, asyncio.subprocess.Process] = {}
@@ -119,6 +125,10 @@ async def _line(stream: asyncio.StreamReader) -> bytes:
 
 def checked_workers(workers: object) -> int | None:
     """None, 0 or a number of processes up to 1,000."""
-    if workers is None or (isinstance(workers, int) and not isinstance(workers, bool) and 0 <= workers <= 1000):
+    if workers is None or (
+        isinstance(workers, int) and not isinstance(workers, bool) and 0 <= workers <= 1000
+    ):
         return workers
-    raise ProducerError(f"workers={workers!r} cannot hold: use None, 0 (this process) or a number up to 1,000")
+    raise ProducerError(
+        f"workers={workers!r} cannot hold: use None, 0 (this process) or a number up to 1,000"
+    )

@@ -8,9 +8,10 @@ Order of tickets and the slack are taken from the reply and only bounded.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +65,9 @@ class Gate:
     def renew(self, process: str, now: int) -> int:
         return int(self._renew(keys=self.keys.all, args=[process, now]))
 
-    def enqueue(self, now: int, batch: str, flow: str, items: dict[int, bytes], spacing: float = 1000) -> list[int]:
+    def enqueue(
+        self, now: int, batch: str, flow: str, items: dict[int, bytes], spacing: float = 1000
+    ) -> list[int]:
         pairs = list(itertools.chain.from_iterable(items.items()))
         reply: list[int] = self._enqueue(keys=self.keys.all, args=["", now, batch, flow, spacing, *pairs])
         self._collect()
@@ -183,7 +186,19 @@ class Ledger:
         self.starts: list[tuple[int, int]] = []
         """Grants: when, and the latest moment at which it may start."""
         self.counts: dict[str, int] = dict.fromkeys(
-            ("calls", "grants", "reaped", "stalls", "adopted", "named", "cuts", "unknown", "repeated", "stale"), 0
+            (
+                "calls",
+                "grants",
+                "reaped",
+                "stalls",
+                "adopted",
+                "named",
+                "cuts",
+                "unknown",
+                "repeated",
+                "stale",
+            ),
+            0,
         )
         self.flush()
 
@@ -636,3 +651,186 @@ class Pump:
         if answer.permits or answer.jobs:
             self.last_start = answer.now
         return lost
+
+
+# a fleet in virtual time -----------------------------------------------------------------------
+
+Plan = Callable[[str, int], tuple[int, str, int | str]]
+"""What becomes of a run (its job, how often it was refused): us it takes, how it ends, argument."""
+
+
+class Fleet:
+    """Pumps with timers and wake messages, event by event; never idle with work and room for long.
+
+    Args:
+        bound_us: how long something may be free while a living process could take it.
+        deaf: every wake message is lost.
+        plan, permit_us: how long runs and permits last.
+    """
+
+    LATENCY_US = 300
+
+    def __init__(
+        self, gate: Gate, pumps: list[Pump], plan: Plan, *, permit_us: int = 50_000, deaf: bool = False,
+        bound_us: int = GRACE_US + 2_000,
+    ) -> None:  # fmt: skip
+        self.gate, self.ledger, self.pumps = gate, Ledger(gate), pumps
+        self.plan, self.permit_us, self.deaf, self.bound_us = plan, permit_us, deaf, bound_us
+        self.now = self.since = T0
+        self.stuck_since: float = FOREVER
+        self.gone: set[int] = set()
+        self.alarm: dict[int, int] = {}
+        self.events: list[tuple[int, int, str, tuple[Any, ...]]] = []
+        self.order = itertools.count()
+        self.granted: list[tuple[int, str, str]] = []
+        """Every grant: when, the process, the job ('' = a permit)."""
+        self.ends = 0
+        for who in range(len(pumps)):
+            self.ring(who, T0)
+
+    # what tests say
+
+    def at(self, after_us: int, what: str, *data: Any) -> None:
+        """Plan `enqueue`, `want`, `die`, `leave`, `pause` for `after_us` after the beginning."""
+        self._push(T0 + after_us, what, data)
+
+    def run(self, for_us: int, most_calls: int = 20_000) -> None:
+        """Until that time is over, or nothing waits and runs any more."""
+        until = T0 + for_us
+        while self.events and self.events[0][0] <= until:
+            when, _, what, data = heapq.heappop(self.events)
+            self._judge(when)
+            self.now = max(self.now, when)
+            before = len(self.granted)
+            getattr(self, f"_{what}")(*data)
+            ready = self._ready_at()
+            fresh = len(self.granted) > before
+            self.stuck_since = (
+                ready if fresh else min(self.stuck_since, ready) if ready < FOREVER else FOREVER
+            )
+            assert self.ledger.counts["calls"] < most_calls, "the fleet polls"
+            if self._is_done():
+                return
+        assert not self.ledger.items, f"not done after {for_us / 1e6} s: {list(self.ledger.items)[:5]}"
+
+    # liveness
+
+    def _judge(self, until: int) -> None:
+        idle = until - self.stuck_since
+        assert idle <= self.bound_us, (
+            f"work, room and a process to take it, and nothing happens for {idle / 1e6:.3f} s "
+            f"from {(self.stuck_since - T0) / 1e6:.6f} s"
+        )
+
+    def _ready_at(self) -> float:
+        """From when on something is free and a living process could take it, if nobody calls before."""
+        ledger = self.ledger
+        if not ledger.limits or math.floor(ledger.level) - ledger.in_use() <= 0:
+            return FOREVER
+        room = max(ledger.pause, ledger.opens())
+        if ledger.rate and ledger.used(self.now) >= ledger.rate:
+            room = max(room, ledger.stamps[len(ledger.stamps) - ledger.rate] + ledger.window)
+        work = min(
+            (self._work_at(who) for who in range(len(self.pumps)) if who not in self.gone), default=FOREVER
+        )
+        return max(room, work, self.now)
+
+    def _work_at(self, who: int) -> float:
+        pump = self.pumps[who]
+        if pump.wanted > 0:
+            return 0
+        if len(pump.runs) >= pump.room:
+            return FOREVER
+        mine = [item for item in self.ledger.items.values() if item.flow in pump.flows]
+        due = [item.due for item in mine if item.state == "delayed"]
+        return 0 if any(item.state == "waiting" for item in mine) else min(due, default=FOREVER)
+
+    def _is_done(self) -> bool:
+        planned = any(what in ("enqueue", "want", "leave", "die", "pause") for _, _, what, _ in self.events)
+        living = [pump for who, pump in enumerate(self.pumps) if who not in self.gone]
+        return not planned and not self.ledger.items and not any(p.held or p.wanted for p in living)
+
+    # events
+
+    def _push(self, when: int, what: str, data: tuple[Any, ...]) -> None:
+        heapq.heappush(self.events, (when, next(self.order), what, data))
+
+    def ring(self, who: int, when: int) -> None:
+        self.alarm[who] = when
+        self._push(when, "timer", (who, when))
+
+    def _timer(self, who: int, when: int) -> None:
+        if self.alarm[who] == when and who not in self.gone:
+            self._call(who)
+
+    def _wake(self, who: int, wait_us: int) -> None:
+        if self.now + wait_us < self.alarm[who]:
+            self.ring(who, self.now + wait_us)
+
+    def _call(self, who: int, leave: bool = False) -> None:
+        pump = self.pumps[who]
+        call = pump.call(self.now, leave=leave)
+        answer = self.ledger.sync(call, self.now, self.gate.sync(call, self.now))
+        pump.hear(call, answer)
+        for job in answer.jobs:
+            self.granted.append((self.now, pump.name, job.id))
+            takes, what, arg = self.plan(job.id, job.refusals)
+            self._push(self.now + takes, "end", (who, job.id, job.attempt, what, arg))
+        for _ in range(answer.permits):
+            self.granted.append((self.now, pump.name, ""))
+            self._push(self.now + self.permit_us, "release", (who,))
+        self.ring(who, self.now if answer.status == 1 else self.now + round(answer.wait_s * 1e6))
+        self._deliver()
+
+    def _deliver(self) -> None:
+        names = {pump.name: who for who, pump in enumerate(self.pumps)}
+        for name, wait_us in self.gate.take_messages():
+            if not self.deaf:
+                self._push(self.now + self.LATENCY_US, "wake", (names[name], wait_us))
+
+    def _end(self, who: int, job: str, attempt: int, what: str, arg: int | str) -> None:
+        pump = self.pumps[who]
+        if who in self.gone or pump.runs.get(job) != attempt:
+            return
+        if what == "refuse":
+            pump.refused = max(pump.refused, attempt)
+        else:
+            pump.successes += 1
+            self.ends += 1
+        pump.end(job, what, arg)
+        self._call(who)
+
+    def _release(self, who: int) -> None:
+        if who not in self.gone:
+            self.pumps[who].permits -= 1
+            self._call(who)
+
+    def _want(self, who: int, count: int) -> None:
+        if who not in self.gone:
+            self.pumps[who].wanted += count
+            self._call(who)
+
+    def _pause(self, who: int, pause_us: int) -> None:
+        self.pumps[who].pause_us = pause_us
+        self._call(who)
+
+    def _die(self, who: int) -> None:
+        self.gone.add(who)
+
+    def _leave(self, who: int) -> None:
+        """A drain: what runs is handed back, permits are released, in one last call."""
+        pump = self.pumps[who]
+        for job in list(pump.runs):
+            pump.end(job, "hand", "")
+        pump.permits = pump.wanted = 0
+        self._call(who, leave=True)
+        self.gone.add(who)
+
+    def _enqueue(self, batch: str, flow: str, count: int, spacing: float = 1000) -> None:
+        known = [i.index for i in self.ledger.items.values() if i.batch == batch]
+        known += self.ledger.batches.get(batch, Batch()).done
+        first = max(known, default=-1) + 1
+        items = {i: f"{flow} {i}".encode() for i in range(first, first + count)}
+        reply = self.gate.enqueue(self.now, batch, flow, items, spacing)
+        self.ledger.enqueue(self.now, batch, flow, items, spacing, reply)
+        self._deliver()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import redis
-from gate_model import T0, Gate, Ledger, Pump, busiest_window, gate_on, server_of
+from gate_model import GRACE_US, T0, Fleet, Gate, Ledger, Pump, busiest_window, gate_on, server_of
 from servers import KINDS
 
 from limiter.limits import Limits
@@ -339,3 +339,68 @@ def test_random_schedules_keep_every_promise(server: tuple[redis.Redis, str]) ->
         seed += 1
     print(f"{kind}: seeds {FIRST} to {seed - 1}: {met}")
     assert all(met.values()) or kind == "fakeredis", f"never met: {met}"
+
+
+# liveness in virtual time ----------------------------------------------------------------------
+
+
+def fleet_of(gate: Gate, seed: int, *, deaf: bool = False, deaths: bool = False) -> Fleet:
+    """A random fleet with random work; several flows, limit() callers, refusals, leaves, pauses."""
+    rng = random.Random(seed)
+    limits = rng.choice(SHAPES)
+    flows = [("f",), ("f",), ("g",), ("f", "g"), ()]
+    pumps = [
+        Pump(f"p{i}", mine, rng.choice([1, 1, 2, 5]) if mine else 0, limits)
+        for i, mine in enumerate(rng.choices(flows, k=rng.randint(1, 5)) + [("f", "g")])
+    ]
+    lengths = rng.choice([20_000, 200_000, 1_500_000])
+    refusals = rng.choice([0.0, 0.0, 0.2])
+
+    def plan(job: str, refused: int) -> tuple[int, str, int | str]:
+        takes = rng.randint(1, lengths)
+        if refused < 3 and rng.random() < refusals:
+            return takes, "refuse", rng.randint(0, 1_500_000)
+        return takes, "completed", "out"
+
+    bound = GRACE_US + 2_000
+    if deaf or deaths:
+        bound += int(limits.lease_s * 1e6 / 3) + 5_000
+    fleet = Fleet(gate, pumps, plan, permit_us=lengths, deaf=deaf, bound_us=bound)
+    for _ in range(rng.randint(1, 6)):
+        flow = rng.choice("fg")
+        fleet.at(rng.randint(0, 5_000_000), "enqueue", f"b{flow}{rng.randint(0, 2)}", flow, rng.randint(1, 8))
+    for who, pump in enumerate(pumps):
+        if rng.random() < (0.3 if pump.room else 1.0):
+            fleet.at(rng.randint(0, 5_000_000), "want", who, rng.randint(1, 4))
+    if rng.random() < 0.3:
+        fleet.at(rng.randint(0, 3_000_000), "pause", 0, rng.randint(0, 2_000_000))
+    for who in rng.sample(range(len(pumps) - 1), rng.randint(0, (len(pumps) - 1) // 2)):
+        fleet.at(rng.randint(5_000_001, 8_000_000), "die" if deaths else "leave", who)
+    return fleet
+
+
+def live(server: tuple[redis.Redis, str], first: int, **how: bool) -> None:
+    client, kind = server
+    until, seed = time.monotonic() + (MOST_S if SOAK else BUDGET_S[kind]) / 3, first
+    while time.monotonic() < until:
+        with gate_on(client, kind) as gate:
+            fleet = fleet_of(gate, seed, **how)
+            try:
+                fleet.run(600_000_000)
+                fleet.ledger.compare()
+            except (AssertionError, redis.ResponseError) as fault:
+                pytest.fail(f"seed {seed} on {kind}, {how}: {fault}")
+        seed += 1
+    print(f"{kind}: seeds {first} to {seed - 1}")
+
+
+def test_nothing_stays_free_while_somebody_waits_for_it(server: tuple[redis.Redis, str]) -> None:
+    live(server, FIRST)
+
+
+def test_lost_wake_messages_cost_a_third_of_a_lease_and_nothing_else(server: tuple[redis.Redis, str]) -> None:
+    live(server, FIRST, deaf=True)
+
+
+def test_the_work_of_the_dead_is_done_by_the_living(server: tuple[redis.Redis, str]) -> None:
+    live(server, FIRST, deaths=True)

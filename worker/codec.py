@@ -101,5 +101,6 @@ def blame(value: Any, path: str, depth: int) -> None:
             raise CannotTravel(path, "holds a lone surrogate, which is not text") from None
     elif kind not in _SCALARS:
         raise CannotTravel(
-            path, f"is a {kind.__name__}, which cannot travel; pass plain values (text, numbers, lists, dicts)"
+            path,
+            f"is a {kind.__name__}, which cannot travel; pass plain values (text, numbers, lists, dicts)",
         )

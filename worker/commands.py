@@ -48,13 +48,15 @@ async def _answers(settings: WorkerSettings) -> None:
     try:
         await checked_connection(client, place.shown)
     finally:
-        await client.aclose()  # type: ignore[attr-defined]
+        await client.aclose()
         place.close()
 
 
 def workers(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Exit 0 only if a worker of this host lives")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit 0 only if a worker of this host lives")
+    ] = False,
 ) -> None:
     """List the living workers of the fleet."""
     found = asyncio.run(_living(load(WorkerSettings)))
@@ -77,7 +79,7 @@ async def _living(settings: WorkerSettings) -> list[WorkerInfo]:
         await checked_connection(client, place.shown)
         return await living_workers(client)
     finally:
-        await client.aclose()  # type: ignore[attr-defined]
+        await client.aclose()
         place.close()
 
 

@@ -14,7 +14,9 @@ def failure_of(error: BaseException, node: str) -> Failure:
     """Type, message, node and a short trace of `error`, also where it cannot be printed."""
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    return Failure(type=_clean(name, 200), message=_message(error), node=_clean(node, 200), trace=_trace(error))
+    return Failure(
+        type=_clean(name, 200), message=_message(error), node=_clean(node, 200), trace=_trace(error)
+    )
 
 
 def _message(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Any
 
 from limiter.keys import GateKeys
 from limiter.process import Process
@@ -150,10 +151,12 @@ class FleetWorker:
             await asyncio.wait(tasks, timeout=1.0 if self._hurry.is_set() else 5.0)
 
     async def _let_finish(self) -> None:
-        hurry = asyncio.create_task(self._hurry.wait())
-        finished = asyncio.gather(*self._tasks(), return_exceptions=True)
-        await asyncio.wait([hurry, finished], timeout=self._drain_s, return_when=asyncio.FIRST_COMPLETED)
-        hurry.cancel()
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        finished = asyncio.ensure_future(asyncio.wait(self._tasks()))
+        both: list[asyncio.Future[Any]] = [hurry, finished]
+        await asyncio.wait(both, timeout=self._drain_s, return_when=asyncio.FIRST_COMPLETED)
+        for each in both:
+            each.cancel()
 
     def _runs(self) -> list[Run]:
         return [run for crew in self.crews for run in crew.runs.values()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from redis.exceptions import RedisError
@@ -116,7 +116,9 @@ def greeting(served: list[ServedFlow], place: Place) -> str:
 
 
 def targets(settings: Settings) -> list[str]:
-    found = [target.strip() for target in (settings.flows or '').replace(' ', ',').split(',') if target.strip()]
+    found = [
+        target.strip() for target in (settings.flows or "").replace(" ", ",").split(",") if target.strip()
+    ]
     if not found:
         raise TargetError("POCKETFLEET_FLOWS", "is not set; name the flows to serve, such as users:flow")
     return found
@@ -141,7 +143,7 @@ def _asked_for_burst() -> bool:
     return bool(context and context.params.get("burst"))
 
 
-def end(error: Exception) -> Any:
+def end(error: Exception) -> NoReturn:
     """End the process with a sentence: 3 where Redis refused us, else 2."""
     print(error, file=sys.stderr)
     raise SystemExit(3 if isinstance(error, RedisRefused) else 2)

@@ -53,7 +53,9 @@ def serve(targets: list[str], lease_s: float) -> list[ServedFlow]:
             )
         twin = names.setdefault(each.name, each)
         if twin is not each:
-            raise TargetError(each.target, f"has the same name '{each.name}' as {twin.target}; give it a name=")
+            raise TargetError(
+                each.target, f"has the same name '{each.name}' as {twin.target}; give it a name="
+            )
     return served
 
 
@@ -78,7 +80,9 @@ def find_flow(target: str) -> FleetFlow:
 def checked_flow(found: Any, target: str) -> FleetFlow:
     """`found` if it is a flow that a fleet can run."""
     if not isinstance(found, Flow) or not hasattr(found, "fleet_limits"):
-        what = f"is a {type(found).__name__}" if isinstance(found, BaseNode) else f"is {found!r:.60}, not a flow"
+        what = (
+            f"is a {type(found).__name__}" if isinstance(found, BaseNode) else f"is {found!r:.60}, not a flow"
+        )
         raise TargetError(target, f"{what}; name a ThrottledAsyncParallelBatchFlow")
     if found.start_node is None:
         raise TargetError(target, f"{type(found).__name__} has no start node; make it with start=")

@@ -200,7 +200,9 @@ class Run:
                 await asyncio.sleep(pause_s)
                 pause_s = min(1.0, pause_s * 2)
 
-    def _settle(self, outcome: Outcome, result: Entry | None, data: bytes | None = None, how: str = "") -> None:
+    def _settle(
+        self, outcome: Outcome, result: Entry | None, data: bytes | None = None, how: str = ""
+    ) -> None:
         number = self.crew.flow_number(self.claimed.id)
         payload = encode_outcome(outcome) if data is None else data
         entry = Entry(self.claimed.id, self.claimed.attempt, number, how + outcome.status, payload)
@@ -228,7 +230,7 @@ class Run:
             serializer=codec.encode,
         )
         how = f"result:{round(served.flow.keep_result_s * 1000)}"
-        return record and Entry(self.claimed.id, self.claimed.attempt, 1, how, record)
+        return Entry(self.claimed.id, self.claimed.attempt, 1, how, record) if record else None
 
 
 def _travelling(action: Any) -> Any:

@@ -12,7 +12,9 @@ from limiter.settings import FleetSettings
 class WorkerSettings(FleetSettings):
     """What `pocketfleet worker` and `arq worker.main.WorkerSettings` read."""
 
-    flows: str | None = Field(None, description="Flows to serve, comma-separated, such as users:flow,more:flow")
+    flows: str | None = Field(
+        None, description="Flows to serve, comma-separated, such as users:flow,more:flow"
+    )
     max_jobs: int = Field(100, ge=1, le=10_000, description="Most runs at a time in one process")
     drain_s: float = Field(
         30, ge=0, le=86_400, description="Seconds runs may go on after SIGTERM before they are handed back"
