@@ -10,9 +10,11 @@ import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
+from functools import cache
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import hiredis
 import redis
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import parse_url
@@ -148,7 +150,21 @@ class _SyncClient(redis.Redis):
 
 
 def _opened(url: str, options: dict[str, Any], **more: Any) -> Redis:
-    return _Client.from_pool(_Pool.from_url(url, **(options | more)))
+    pool = _Pool.from_url(url, **(options | more))
+    pool.connection_class = _packing(pool.connection_class)
+    return _Client.from_pool(pool)
+
+
+@cache
+def _packing(kind: Any) -> Any:
+    """`kind` with scripts' arguments packed in C: redis-py's asyncio packs them one by one in Python."""
+
+    def pack_command(self: Any, *args: Any) -> list[bytes]:
+        if args[0] == "EVALSHA":
+            return [hiredis.pack_command(args)]
+        return list(kind.pack_command(self, *args))
+
+    return type(f"Packing{kind.__name__}", (kind,), {"pack_command": pack_command})
 
 
 def _options(url: str) -> dict[str, Any]:

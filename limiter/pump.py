@@ -156,9 +156,9 @@ class Pump:
         self._news.extend((*extra, entry))
         self.kick()
 
-    def return_job(self, entry: Entry, stamp: int) -> None:
-        """A claimed job that could not start in time goes back to its place, with its start."""
-        self._late = True
+    def return_job(self, entry: Entry, stamp: int, *, late: bool) -> None:
+        """A claimed job that was not started goes back to its place, with its start."""
+        self._late = self._late or late
         self._give_back_start(stamp)
         self.settle(entry)
 

@@ -185,21 +185,29 @@ local changed = { records = {}, keys = {}, fields = {}, queues = {}, running = {
 
 local function move(flow, id, score)
   local list = changed.queues[flow] or {}
+  local n = #list
   changed.queues[flow] = list
-  list[#list + 1], list[#list + 2] = score, id
+  list[n + 1], list[n + 2] = score, id
 end
 
 local batches = {} -- what each batch's ended runs change, written once per call
+local AFTER_TAG = #string.match(GATE, '{.-}') + 2 -- where the batch begins in a job id
+
+-- Batch and index of a job id `{limit}:batch:index`.
+local function parts(id)
+  return string.match(id, '^([^:]+):(%d+)$', AFTER_TAG)
+end
 
 local function record_outcome(id, attempt, status, outcome)
-  local name, index = string.match(id, '^{.-}:(.-):(%d+)$')
+  local name, index = parts(id)
   local batch = batches[name]
   if not batch then
-    batch = { bits = {}, counts = {}, ended = 0 }
+    batch = { bits = {}, counts = {}, ended = 0, out = ROOT .. 'out:' .. name }
     batches[name] = batch
   end
-  redis.call('XADD', ROOT .. 'out:' .. name, '*', 'i', index, 't', whole(attempt), 's', status, 'o', outcome)
-  for _, word in ipairs({ 'SET', 'u1', index, '1' }) do batch.bits[#batch.bits + 1] = word end
+  redis.call('XADD', batch.out, '*', 'i', index, 't', attempt, 's', status, 'o', outcome)
+  local bits, n = batch.bits, #batch.bits
+  bits[n + 1], bits[n + 2], bits[n + 3], bits[n + 4] = 'SET', 'u1', index, '1'
   batch.counts[status] = (batch.counts[status] or 0) + 1
   batch.ended = batch.ended + 1
 end
@@ -222,16 +230,22 @@ end
 
 local function forget(id, flow)
   local keys, fields, list = changed.keys, changed.fields, changed.queues[flow] or {}
+  local n = #keys
   changed.queues[flow] = list
-  keys[#keys + 1], keys[#keys + 2] = 'arq:job:' .. id, 'arq:in-progress:' .. id
+  keys[n + 1], keys[n + 2] = 'arq:job:' .. id, 'arq:in-progress:' .. id
   fields[#fields + 1] = id
   list.gone = list.gone or {}
   list.gone[#list.gone + 1] = id
 end
 
+local function note(id, job)
+  local records, n = changed.records, #changed.records
+  records[n + 1], records[n + 2] = id, write_job(job)
+end
+
 local function give_back(id, job, score)
   changed.keys[#changed.keys + 1] = 'arq:in-progress:' .. id
-  changed.records[#changed.records + 1], changed.records[#changed.records + 2] = id, write_job(job)
+  note(id, job)
   move(job.flow, id, score)
   returned_flows[job.flow] = true
 end
@@ -251,16 +265,16 @@ local SETTLE = {
     give_back(id, job, whole(job.place))
   end,
   keep = function(id, job)
-    local running = changed.running
-    running[#running + 1], running[#running + 2] = 'arq:in-progress:' .. id, me
-    changed.records[#changed.records + 1], changed.records[#changed.records + 2] = id, write_job(job)
+    local running, n = changed.running, #changed.running
+    running[n + 1], running[n + 2] = 'arq:in-progress:' .. id, me
+    note(id, job)
     move(job.flow, id, whole(PARKED + record.number))
   end,
 }
 
 -- While a gate that lost its data holds, what it does not know is adopted.
 local function adopted(id, attempt, what, flow, opens)
-  local name, index = string.match(id, '^{.-}:(.-):(%d+)$')
+  local name, index = parts(id)
   if now >= opens or what == 'back' or not flow then return nil end
   if redis.call('GETBIT', ROOT .. 'done:' .. name, index) == 1 then return nil end
   -- not yet enqueued again by its producer, so nobody has counted it
@@ -269,18 +283,17 @@ local function adopted(id, attempt, what, flow, opens)
 end
 
 local function settle_entry(i, job, opens)
-  local id, attempt, flow, what, arg = ARGV[i], tonumber(ARGV[i + 1]), call.flows[tonumber(ARGV[i + 2])], ARGV[i + 3], ARGV[i + 4]
-  job = job or adopted(id, attempt, what, flow, opens)
+  local id, attempt, what, arg = ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 3], ARGV[i + 4]
+  job = job or adopted(id, attempt, what, call.flows[tonumber(ARGV[i + 2])], opens)
   if not job or job.attempt ~= attempt then return false end
-  local keep_ms = string.match(what, '^result:(%d+)$')
-  local status = string.match(what, '^blob:(.+)$') or what
-  if keep_ms then
-    redis.call('SET', 'arq:result:' .. id, arg, 'PX', keep_ms)
-  elseif ENDED[status] then
-    record_outcome(id, attempt, status, arg)
+  local status = ENDED[what] and what or string.match(what, '^blob:(.+)$')
+  if status then
+    record_outcome(id, ARGV[i + 1], status, arg)
     forget(id, job.flow)
-  else
+  elseif SETTLE[what] then
     SETTLE[what](id, job, arg)
+  else
+    redis.call('SET', 'arq:result:' .. id, arg, 'PX', string.match(what, '^result:(%d+)$'))
   end
   return true
 end
@@ -449,6 +462,12 @@ local function lowest_places(count)
   return heap, more
 end
 
+local function add_claimed(claimed, id, job, payload)
+  local n = #claimed
+  claimed[n + 1], claimed[n + 2], claimed[n + 3] = id, whole(job.attempt), job.deaths
+  claimed[n + 4], claimed[n + 5], claimed[n + 6] = job.refused, job.backs, payload
+end
+
 -- Claim the chosen jobs: attempt, record, parked place, in-progress mark. A job whose payload is gone
 -- ends as lost.
 local function claim(chosen)
@@ -466,11 +485,9 @@ local function claim(chosen)
     job.attempt = state.attempt
     if payloads[i] then
       SETTLE.keep(c.id, job)
-      for _, value in ipairs({ c.id, whole(job.attempt), job.deaths, job.refused, job.backs, payloads[i] }) do
-        claimed[#claimed + 1] = value
-      end
+      add_claimed(claimed, c.id, job, payloads[i])
     else
-      record_outcome(c.id, job.attempt, 'lost', '')
+      record_outcome(c.id, whole(job.attempt), 'lost', '')
       forget(c.id, c.flow)
     end
     state.place = math.max(state.place, c.place)
@@ -558,9 +575,7 @@ local function answer_again()
   for id in string.gmatch(ids or '', '%S+') do
     local job, payload = read_job(redis.call('HGET', JOBS, id)), redis.call('GET', 'arq:job:' .. id)
     if job and payload then
-      for _, value in ipairs({ id, whole(job.attempt), job.deaths, job.refused, job.backs, payload }) do
-        claimed[#claimed + 1] = value
-      end
+      add_claimed(claimed, id, job, payload)
     end
   end
   return answer(header, refused, claimed)

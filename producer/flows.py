@@ -224,14 +224,21 @@ class FlowFailed(ProducerError):
 
 def found_name(flow: object) -> str | None:
     """The `module:attribute` under which a loaded module holds `flow`; a script counts as its file."""
-    for name, module in list(sys.modules.items()):
-        for attribute, value in list(getattr(module, "__dict__", {}).items()):
-            if value is flow and not attribute.startswith("_"):
-                if name == "__main__":
-                    path = getattr(module, "__file__", None)
-                    return f"{_module_of(Path(path))}:{attribute}" if path else None
-                return f"{name}:{attribute}"
-    return None
+    found = [
+        (name, attribute)
+        for name, module in list(sys.modules.items())
+        for attribute, value in list(getattr(module, "__dict__", {}).items())
+        if value is flow and not attribute.startswith("_")
+    ]
+    # the module that made it comes before those that import it, and the script that runs comes last
+    found.sort(key=lambda place: (place[0] == "__main__", place[0] != type(flow).__module__))
+    if not found:
+        return None
+    name, attribute = found[0]
+    if name != "__main__":
+        return f"{name}:{attribute}"
+    path = getattr(sys.modules["__main__"], "__file__", None)
+    return f"{_module_of(Path(path))}:{attribute}" if path else None
 
 
 def _module_of(path: Path) -> str:

@@ -44,14 +44,14 @@ class Gate:
     """The scripts of one limit on one server, with the time passed in and the messages collected."""
 
     def __init__(self, client: redis.Redis, limit: str = "L", *, fake: bool = False) -> None:
-        self.client = client
+        self.client: Any = client
         self.limit = limit
         self.keys = GateKeys(limit)
         self._sync = sync_script(client, SYNC)
         self._renew = sync_script(client, RENEW)
         self._enqueue = sync_script(client, ENQUEUE)
         self._fake = fake
-        self._pubsub = client.pubsub()
+        self._pubsub = self.client.pubsub()
         self._pubsub.psubscribe(wake_channel("*"))
         self.heard: list[tuple[str, int]] = []
         """Wake messages not yet taken: process, us to wait."""
@@ -68,7 +68,7 @@ class Gate:
     def enqueue(
         self, now: int, batch: str, flow: str, items: dict[int, bytes], spacing: float = 1000
     ) -> list[int]:
-        pairs = list(itertools.chain.from_iterable(items.items()))
+        pairs: list[Any] = list(itertools.chain.from_iterable(items.items()))
         reply: list[int] = self._enqueue(keys=self.keys.all, args=["", now, batch, flow, spacing, *pairs])
         self._collect()
         return reply
@@ -118,14 +118,14 @@ def lifetime_faults(gate: Gate) -> list[str]:
     keys, faults = gate.keys, []
     endless = (keys.queue(""), keys.later, keys.jobs, keys.override, "arq:job:", "arq:in-progress:")
     of_batch = (keys.batch(""), keys.done(""), keys.out(""), keys.base(""))
-    for raw in gate.client.keys():
+    for raw in gate.client.keys("*"):
         name = raw.decode()
         if name.startswith(endless):
             continue
-        lives: int = gate.client.pttl(name)  # type: ignore[assignment]
+        lives: int = gate.client.pttl(name)
         if lives == -1 and name.startswith(of_batch):
             left = gate.client.hget(keys.batch(name.rpartition(":")[2]), "left")
-            if left is not None and int(left) > 0:  # type: ignore[arg-type]
+            if left is not None and int(left) > 0:
                 continue
         if not 0 < lives <= WEEK_MS:
             faults.append(f"{name} lives {lives} ms")
@@ -311,6 +311,9 @@ class Ledger:
         assert answer.status == int(unknown), (answer.status, unknown)
         self.counts["unknown"] += unknown
         member.held = call.held
+        for item in self.items.values():
+            if call.leave and item.state == "claimed" and item.owner == me:
+                item.state = "waiting"
         self._adapt(call, before, now)
         self._return_stamps(call, now)
         self._release_due(now)
@@ -419,7 +422,7 @@ class Ledger:
                     self.level, self.oks = min(top, max(self.level + 1, self.level * factor)), 0
 
     def _return_stamps(self, call: Call, now: int) -> None:
-        words = [int(word) for word in call.returned.split()]
+        words = [int(word) for word in call.returned.split() if word.isdigit()]
         for stamp, count in zip(words[::2], words[1::2], strict=True):
             for _ in range(min(count, self.stamps.count(stamp))):
                 self.stamps.remove(stamp)
@@ -502,17 +505,17 @@ class Ledger:
     def compare(self) -> None:
         """The whole of Redis against the ledger: each job in exactly one state, nothing else there."""
         client, keys = self.gate.client, self.gate.keys
-        known = {k.decode(): v.decode() for k, v in client.hgetall(keys.gate).items()}  # type: ignore[union-attr]
+        known = {k.decode(): v.decode() for k, v in client.hgetall(keys.gate).items()}
         records = {k[2:]: v.split(" ") for k, v in known.items() if k.startswith("p:")}
         assert records.keys() == self.members.keys()
         assert {n: int(r[1]) for n, r in records.items()} == {n: m.held for n, m in self.members.items()}
         assert int(known.get("in_use", 0)) == self.in_use()
-        leases = {n.decode(): int(s) for n, s in client.zrange(keys.leases, 0, -1, withscores=True)}  # type: ignore[union-attr]
+        leases = {n.decode(): int(s) for n, s in client.zrange(keys.leases, 0, -1, withscores=True)}
         ends = {n: m.ends for n, m in self.members.items()}
         assert leases == ends, f"lease ends {leases.items() ^ ends.items()} at {self.last}"
-        tickets = {n.decode() for n in client.zrange(keys.tickets, 0, -1)}  # type: ignore[union-attr]
+        tickets = {n.decode() for n in client.zrange(keys.tickets, 0, -1)}
         assert tickets == {n for n, m in self.members.items() if m.waits}, tickets
-        assert [int(s) for s in client.lrange(keys.starts, 0, -1)] == self.stamps  # type: ignore[union-attr]
+        assert [int(s) for s in client.lrange(keys.starts, 0, -1)] == self.stamps
         self._compare_jobs({n: int(r[0]) for n, r in records.items()})
         self._compare_batches()
 
@@ -535,9 +538,9 @@ class Ledger:
             if i.recorded
         }
         assert {k.decode(): v.decode() for k, v in jobs.items()} == records
-        payloads = {k.decode()[8:] for k in client.keys("arq:job:*")}  # type: ignore[union-attr]
+        payloads = {k.decode()[8:] for k in client.keys("arq:job:*")}
         assert payloads == {i.id for i in self.items.values() if i.payload is not None}
-        running = {k.decode()[16:] for k in client.keys("arq:in-progress:*")}  # type: ignore[union-attr]
+        running = {k.decode()[16:] for k in client.keys("arq:in-progress:*")}
         assert running == {i.id for i in self.items.values() if i.state == "claimed"}
 
     def _compare_batches(self) -> None:
@@ -645,9 +648,9 @@ class Pump:
         self.birth, self.started, self.cut = answer.birth, answer.started, answer.cut
         self.permits += answer.permits
         self.wanted -= answer.permits
-        for job in answer.jobs:
-            self.runs[job.id] = job.attempt
-            self.ids[job.id] = job.payload.split(b" ")[0].decode()
+        for taken in answer.jobs:
+            self.runs[taken.id] = taken.attempt
+            self.ids[taken.id] = taken.payload.split(b" ")[0].decode()
         if answer.permits or answer.jobs:
             self.last_start = answer.now
         return lost
@@ -705,9 +708,8 @@ class Fleet:
             getattr(self, f"_{what}")(*data)
             ready = self._ready_at()
             fresh = len(self.granted) > before
-            self.stuck_since = (
-                ready if fresh else min(self.stuck_since, ready) if ready < FOREVER else FOREVER
-            )
+            due = fresh or ready > self.now
+            self.stuck_since = ready if due else min(self.stuck_since, ready)
             assert self.ledger.counts["calls"] < most_calls, "the fleet polls"
             if self._is_done():
                 return

@@ -42,7 +42,6 @@ class Crew:
         for claimed in jobs:
             run = self.runs[claimed.id] = Run(self, claimed, start_by, stamp)
             run.task = loop.create_task(run.execute())
-            run.task.add_done_callback(lambda _, run=run: self._ended(run))  # type: ignore[misc]
 
     def lost(self, job: str) -> None:
         run = self.runs.get(job)
@@ -53,7 +52,9 @@ class Crew:
         """Which of `flows` the pump thinks a claim belongs to, from 1."""
         return self.pump.flow_number(job)
 
-    def _ended(self, run: Run) -> None:
+    def ended(self, run: Run) -> None:
+        """Its place is free: the next call may ask for one job more."""
         if self.runs.get(run.claimed.id) is run:
             del self.runs[run.claimed.id]
-        self._worker.ended(self)
+            self.pump.kick()
+            self._worker.ended(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from limiter.keys import GateKeys
@@ -89,7 +90,7 @@ class FleetWorker:
             self._employ()
             await self._until_stopped()
         finally:
-            await asyncio.shield(asyncio.create_task(self._end(presence, announcing)))
+            await see_through(self._end(presence, announcing), lambda: self.stop(at_once=True))
 
     def _employ(self) -> None:
         by_limit: dict[str, list[ServedFlow]] = {}
@@ -125,9 +126,7 @@ class FleetWorker:
         return True
 
     async def _end(self, presence: Presence, announcing: asyncio.Task[None]) -> None:
-        await self._drain()
-        for crew in self.crews:
-            crew.pump.dismiss()
+        await self._drain()  # the crews stay employed: the last call must name the flows it stood idle for
         announcing.cancel()
         await presence.leave()
         for each in self._served:
@@ -163,3 +162,14 @@ class FleetWorker:
 
     def _tasks(self) -> list[asyncio.Task[None]]:
         return [run.task for run in self._runs() if run.task is not None]
+
+
+async def see_through(ending: Coroutine[Any, Any, None], hasten: Callable[[], None] = lambda: None) -> None:
+    """Await `ending` to its end: cancelling the wait, as a second signal does, only calls `hasten`."""
+    task = asyncio.create_task(ending)
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            hasten()
+    task.result()

@@ -23,7 +23,7 @@ from limiter.settings import load
 from worker import output
 from worker.client import arq_settings
 from worker.errors import TargetError, WorkerError
-from worker.fleet_worker import FleetWorker
+from worker.fleet_worker import FleetWorker, see_through
 from worker.lifeline import watch_lifeline
 from worker.presence import health_key
 from worker.registry import ServedFlow, serve
@@ -100,7 +100,7 @@ async def _take_over(ctx: dict[Any, Any], settings: Settings, place: Place) -> N
     try:
         await worker.run()
     finally:
-        await asyncio.shield(process.close())
+        await see_through(process.close())
         place.close()
     if not ctx.get("burst"):
         raise asyncio.CancelledError  # ends arq's main task as a signal would

@@ -57,7 +57,19 @@ Ending = Literal["", "hand", "lost"]
 class Run:
     """One attempt. `ending` says why it is being cancelled: handed back, or no longer ours."""
 
-    __slots__ = ("batch", "claimed", "crew", "ending", "index", "node", "start_by", "stamp", "task", "thread")
+    __slots__ = (
+        "batch",
+        "claimed",
+        "crew",
+        "ending",
+        "index",
+        "node",
+        "start_by",
+        "stamp",
+        "started",
+        "task",
+        "thread",
+    )
 
     def __init__(self, crew: Crew, claimed: Claimed, start_by: float, stamp: int) -> None:
         self.crew = crew
@@ -66,6 +78,7 @@ class Run:
         self.stamp = stamp
         self.ending: Ending = ""
         self.node = ""
+        self.started = False
         self.thread: RunThread | None = None
         self.task: asyncio.Task[None] | None = None
         _, self.batch, self.index = split_job_id(claimed.id)
@@ -77,21 +90,24 @@ class Run:
     def stop(self, ending: Ending) -> None:
         """End the run at its next await; a thread of it is waited for."""
         self.ending = ending
-        if self.task is not None:
+        if self.task is not None and self.started:
             self.task.cancel()
 
     async def execute(self) -> None:
         """Decode, walk, and record. Never raises; a job that is not recorded comes back by itself."""
-        if monotonic() > self.start_by:
-            self._give_back_unstarted()
-            return
-        item.set(f"{self.batch}:{self.index}")
+        self.started = True
         try:
-            await self._execute()
+            if self.ending or monotonic() > self.start_by:
+                self._give_back_unstarted()
+            else:
+                item.set(f"{self.batch}:{self.index}")
+                await self._execute()
         except BaseException as error:
             # past the guards below only a fault of ours arrives; the job must not stay claimed for ever
             log.exception("run.fault job=%s", self.claimed.id)
             self._settle(Outcome(FAILED, failure=failure_of(error, self.node)), None)
+        finally:
+            self.crew.ended(self)
 
     async def _execute(self) -> None:
         started = time.time()
@@ -120,7 +136,9 @@ class Run:
     ) -> Outcome | None:
         """Walk the graph; None if the run was stopped before its end."""
         try:
-            base = await self.crew.bases.base(self.pump.name, self.batch)
+            base = self.crew.bases.known(self.pump.name, self.batch)
+            if base is None:
+                base = await self.crew.bases.base(self.pump.name, self.batch)
             shared = fresh_store(base)
             action = await walk(
                 served.flow,
@@ -169,12 +187,15 @@ class Run:
 
     def _attempts(self) -> dict[str, int]:
         claimed = self.claimed
+        if not (claimed.deaths or claimed.refusals or claimed.hand_backs):
+            return {}
         counts = {"deaths": claimed.deaths, "refusals": claimed.refusals, "hand_backs": claimed.hand_backs}
         return {kind: count for kind, count in counts.items() if count}
 
     def _give_back_unstarted(self) -> None:
-        entry = Entry(self.claimed.id, self.claimed.attempt, 1, "back")
-        self.pump.return_job(entry, self.stamp)
+        if self.ending != "lost":
+            entry = Entry(self.claimed.id, self.claimed.attempt, 1, "back")
+            self.pump.return_job(entry, self.stamp, late=not self.ending)
 
     def _give_up(self) -> None:
         if self.ending == "hand":

@@ -13,7 +13,7 @@ from limiter.keys import GateKeys
 from worker.codec import decode
 
 KEPT = 16
-"""Batches whose base a worker keeps, the latest used."""
+"""Batches whose base a worker keeps, the latest it met."""
 
 
 class Bases:
@@ -23,6 +23,11 @@ class Bases:
         self._client = client
         self._kept: OrderedDict[tuple[str, str], asyncio.Task[bytes]] = OrderedDict()
 
+    def known(self, limit: str, batch: str) -> bytes | None:
+        """The batch's base if it has been fetched, without waiting."""
+        asking = self._kept.get((limit, batch))
+        return asking.result() if asking is not None and asking.done() else None
+
     async def base(self, limit: str, batch: str) -> bytes:
         """The batch's base, encoded; b'' if it has none. Asked of Redis once per batch."""
         key = (limit, batch)
@@ -31,9 +36,6 @@ class Bases:
             asking = self._kept[key] = asyncio.create_task(self._fetch(limit, batch))
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
-        elif asking.done():
-            self._kept.move_to_end(key)
-            return asking.result()
         return await asyncio.shield(asking)
 
     async def _fetch(self, limit: str, batch: str) -> bytes:
