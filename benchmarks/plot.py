@@ -30,10 +30,8 @@ def draw(results: Iterable[Result], folder: Path) -> list[Path]:
 def _picture(pyplot: Any, charts: list[Chart], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(charts), figsize=(6 * len(charts), 4), squeeze=False)
     for chart, axis in zip(charts, axes[0], strict=True):
+        axis.set(title=chart.title, xlabel=chart.x, ylabel=chart.y, yscale="log" if chart.log_y else "linear")
         {"line": _lines, "spread": _spread, "bar": _bars}[chart.kind](axis, chart)
-        axis.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
-        if chart.log_y:
-            axis.set_yscale("log")
         axis.grid(visible=True, axis="y", alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -43,7 +41,8 @@ def _picture(pyplot: Any, charts: list[Chart], path: Path) -> None:
 def _lines(axis: Any, chart: Chart) -> None:
     for name, points in chart.series.items():
         axis.plot(*zip(*points, strict=True), marker="o", label=name)
-    axis.set_ylim(bottom=None if chart.log_y else 0)
+    if not chart.log_y:
+        axis.set_ylim(bottom=0)
     axis.legend()
 
 

@@ -32,6 +32,8 @@ local FIELDS = {
   'in_use', -- sum of all held
   'active', -- processes that hold or wait by ticket
   'waiting', -- tickets
+  'callers', -- tickets of those that want permits
+  'behind', -- 1 while processes may stand idle although jobs of their flows wait
   'ticket', -- counter of tickets
   'level', -- concurrency allowed now, a float
   'ceiling', -- what the level was last bounded by
@@ -171,4 +173,5 @@ end
 local function wake_idle(flow, count)
   local popped = redis.call('ZPOPMIN', idle_of(flow), count or 1)
   for i = 1, #popped, 2 do publish(popped[i], 0) end
+  return #popped / 2
 end

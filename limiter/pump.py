@@ -333,7 +333,8 @@ class Pump:
         self.joined = not call.leave
         self.spoke_at = monotonic()
         self.lease_until = sent + answer.lease_s - self.margin_s
-        self._due = monotonic() + answer.wait_s
+        # an answer given to the first sending of a repeated call counts from then
+        self._due = (self.spoke_at if sent - first_sent < 0.05 else first_sent) + answer.wait_s
         self._hear_refused(call, answer.refused)
         if answer.status == UNKNOWN:
             self._news.extendleft(reversed([*self._claims.values()]))

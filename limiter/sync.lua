@@ -44,6 +44,7 @@ local FIRST_ENTRY = 18 + flow_count
 local state, was, record = load(me)
 local now = clock(state)
 local returned_flows = {} -- flows some of whose jobs came back to the queue in this call
+local delayed = {} -- flow -> earliest due time of the runs refused in this call
 
 local function chunks(list, size, act)
   for from = 1, #list, size do
@@ -114,6 +115,7 @@ local function join()
   if not record then
     state.processes = state.processes + 1
     record = { number = state.processes, held = 0, seq = 0, kind = '-', idle = false, flows = 0, ends = 0 }
+    state.touched = 0
   end
   if record.flows ~= flow_count then
     for _, flow in ipairs(call.flows) do
@@ -129,15 +131,15 @@ end
 
 -- reap ------------------------------------------------------------------------------------------
 
--- A dead process' jobs go back to their own places, with one death more each.
-local function return_jobs(number)
+-- The jobs of a process that is gone go back to their own places, with one death more each if it died.
+local function return_jobs(number, died)
   for _, flow in ipairs(redis.call('SMEMBERS', FLOWS)) do
     local queue, parked = queue_of(flow), whole(PARKED + number)
     local ids = redis.call('ZRANGEBYSCORE', queue, parked, parked)
     for _, id in ipairs(ids) do
       local job = read_job(redis.call('HGET', JOBS, id))
       if job then
-        job.deaths = job.deaths + 1
+        job.deaths = job.deaths + died
         redis.call('HSET', JOBS, id, write_job(job))
       end
       redis.call('ZADD', queue, whole(job and job.place or state.place), id)
@@ -152,7 +154,8 @@ local function bury(process)
   if dead then
     state.in_use = math.max(0, state.in_use - dead.held)
     state.active = math.max(0, state.active - is_active(dead))
-    return_jobs(dead.number)
+    if dead.kind == 'p' then state.callers = math.max(0, state.callers - 1) end
+    return_jobs(dead.number, 1)
   end
   if redis.call('ZREM', TICKETS, process) == 1 then state.waiting = state.waiting - 1 end
   for _, flow in ipairs(redis.call('SMEMBERS', FLOWS)) do redis.call('ZREM', idle_of(flow), process) end
@@ -172,9 +175,9 @@ local function reap()
       return
     elseif rows[i] ~= me then
       bury(rows[i])
-      state.reap_at = 0
     end
   end
+  if #rows == 128 then state.reap_at = now end
 end
 
 -- settle ----------------------------------------------------------------------------------------
@@ -206,8 +209,10 @@ local function record_outcome(id, attempt, status, outcome)
     batches[name] = batch
   end
   redis.call('XADD', batch.out, '*', 'i', index, 't', attempt, 's', status, 'o', outcome)
-  local bits, n = batch.bits, #batch.bits
-  bits[n + 1], bits[n + 2], bits[n + 3], bits[n + 4] = 'SET', 'u1', index, '1'
+  if status ~= 'lost' then -- what was lost may be enqueued again
+    local bits, n = batch.bits, #batch.bits
+    bits[n + 1], bits[n + 2], bits[n + 3], bits[n + 4] = 'SET', 'u1', index, '1'
+  end
   batch.counts[status] = (batch.counts[status] or 0) + 1
   batch.ended = batch.ended + 1
 end
@@ -216,7 +221,7 @@ end
 local function close_batches()
   for name, batch in pairs(batches) do
     local key, done, out = ROOT .. 'batch:' .. name, ROOT .. 'done:' .. name, ROOT .. 'out:' .. name
-    redis.call('BITFIELD', done, unpack(batch.bits))
+    if #batch.bits > 0 then redis.call('BITFIELD', done, unpack(batch.bits)) end
     local left = tonumber(redis.call('HGET', key, 'left') or '')
     if left then
       for status, count in pairs(batch.counts) do redis.call('HINCRBY', key, status, count) end
@@ -247,7 +252,6 @@ local function give_back(id, job, score)
   changed.keys[#changed.keys + 1] = 'arq:in-progress:' .. id
   note(id, job)
   move(job.flow, id, score)
-  returned_flows[job.flow] = true
 end
 
 local SETTLE = {
@@ -257,12 +261,16 @@ local SETTLE = {
     redis.call('ZADD', LATER, whole(due), id)
     state.due = state.due == 0 and due or math.min(state.due, due)
     give_back(id, job, whole(PARKED))
-    returned_flows[job.flow] = nil
+    delayed[job.flow] = math.min(due, delayed[job.flow] or due)
   end,
-  back = function(id, job) give_back(id, job, whole(job.place)) end,
+  back = function(id, job)
+    give_back(id, job, whole(job.place))
+    returned_flows[job.flow] = true
+  end,
   hand = function(id, job)
     job.backs = job.backs + 1
     give_back(id, job, whole(job.place))
+    returned_flows[job.flow] = true
   end,
   keep = function(id, job)
     local running, n = changed.running, #changed.running
@@ -410,9 +418,14 @@ local function take_ticket()
   end
 end
 
+local function set_kind(kind)
+  state.callers = state.callers + (kind == 'p' and 1 or 0) - (record.kind == 'p' and 1 or 0)
+  record.kind = kind
+end
+
 local function drop_ticket()
   if record.kind ~= '-' and redis.call('ZREM', TICKETS, me) == 1 then state.waiting = state.waiting - 1 end
-  record.kind = '-'
+  set_kind('-')
 end
 
 -- A head that was told to call and stays silent while something is free goes to the tail until it calls.
@@ -435,9 +448,8 @@ local function turn(free, ended)
   local share = math.ceil(math.floor(state.level) / math.max(1, state.active + 1))
   local head = first_ticket()
   if head == me then return math.min(free, math.max(1, share)) end
-  if head and ended > 0 and call.permits == 0 then
-    local first = read_record(redis.call('HGET', GATE, 'p:' .. head))
-    if first and first.kind == 'j' then return math.max(0, math.min(free, ended, share - record.held)) end
+  if ended > 0 and call.permits == 0 and state.callers == 0 then
+    return math.max(0, math.min(free, ended, share - record.held))
   end
   return 0
 end
@@ -521,6 +533,7 @@ end
 
 -- Only the head has a timer and only the head is woken; it gets the time at which it is due.
 local function wake_head(due)
+  if state.woken == me then state.woken = '' end -- it has called: a later head must be told anew
   local head = state.waiting > 0 and first_ticket() or nil
   if not head then
     state.woken, state.waiting = '', 0
@@ -531,6 +544,27 @@ local function wake_head(due)
     state.woken, state.woken_due = head, due
   end
   return head
+end
+
+-- Idle processes may be left asleep when fewer were woken than jobs came: while nobody waits by ticket,
+-- wake one per flow that has both, so that one stands by ticket, with a timer, whenever jobs wait.
+local function wake_left_behind()
+  state.behind = 0
+  for _, flow in ipairs(redis.call('SMEMBERS', FLOWS)) do
+    if redis.call('ZCARD', idle_of(flow)) > 0 then
+      local first = redis.call('ZRANGE', queue_of(flow), 0, 0, 'WITHSCORES')
+      if first[2] and tonumber(first[2]) < PARKED then
+        wake_idle(flow)
+        state.behind = 1
+      end
+    end
+  end
+end
+
+-- The first idle process of the flow hears when a delayed run is due; it goes on standing idle.
+local function tell_idle(flow, due)
+  local first = redis.call('ZRANGE', idle_of(flow), 0, 0)[1]
+  if first then publish(first, math.max(0, due - now)) end
 end
 
 local function stand_idle(idle)
@@ -612,6 +646,7 @@ join()
 if unknown then call.permits, call.jobs = 0, 0 end
 local in_use_before = state.in_use
 local refused = settle(opens)
+if call.leave then return_jobs(record.number, 0) end -- granted in an answer that it never heard
 local ended = math.max(0, record.held - call.held)
 state.in_use = math.max(0, state.in_use + call.held - record.held)
 record.held = call.held
@@ -642,16 +677,26 @@ free = free - given
 local gate_refused = permits < call.permits or (more ~= nil and count < call.jobs)
 if gate_refused then
   if given > 0 or record.kind == '-' then take_ticket() end
-  record.kind = permits < call.permits and 'p' or 'j'
+  set_kind(permits < call.permits and 'p' or 'j')
 else
   drop_ticket()
 end
+local was_idle = record.idle
 stand_idle(not call.leave and not more and call.jobs > #claimed / 6)
 
 local due = next_free(closed_until, rate, used)
 local head = wake_head(due)
 if free > 0 and not head and more then returned_flows[more] = true end
-for flow in pairs(returned_flows) do wake_idle(flow) end
+for flow in pairs(returned_flows) do
+  if wake_idle(flow) > 0 then state.behind = 1 end
+end
+if not head and state.behind == 1 and next(returned_flows) == nil then wake_left_behind() end
+if not record.idle then
+  if was_idle and state.due > 0 then
+    for _, flow in ipairs(call.flows) do tell_idle(flow, state.due) end
+  end
+  for flow, at in pairs(delayed) do tell_idle(flow, at) end
+end
 
 local reason = '-'
 if gate_refused then
@@ -665,10 +710,11 @@ elseif call.jobs > #claimed / 6 then reason = 'jobs' end
 
 local stretched = state.waiting > 100 and record.held == 0 and gate_refused and head ~= me
 local wait = stretched and state.lease or state.lease / 3
-if state.reap_at > now and (gate_refused or record.idle) then wait = math.min(wait, state.reap_at - now + 1000) end
+if state.reap_at >= now and (gate_refused or record.idle) then wait = math.min(wait, state.reap_at - now + 1000) end
 if gate_refused and head == me and due then wait = math.min(wait, due - now) end
 if gate_refused and head ~= me and free > 0 then wait = math.min(wait, GRACE) end
 if record.idle and state.due > 0 then wait = math.min(wait, state.due - now) end
+if more and #chosen > #claimed / 6 then wait = 0 end -- some were lost: ask again for what is left
 wait = math.max(0, math.ceil(wait))
 
 local renew = now - state.touched >= state.lease / 3

@@ -66,6 +66,7 @@ if added > 0 then
   redis.call('HSET', key, 'next', whole(place))
   redis.call('HINCRBY', key, 'left', added)
   local room = math.max(1, math.min(added, math.floor(state.level) - state.in_use))
-  wake_idle(flow, state.gen > 0 and room or added)
+  local woken = wake_idle(flow, state.gen > 0 and room or added)
+  if state.gen > 0 and woken > 0 and woken < added then redis.call('HSET', GATE, 'behind', 1) end
 end
 return { added, (#ARGV - 5) / 2 - #wanted / 2 }

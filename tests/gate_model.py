@@ -51,7 +51,7 @@ class Gate:
         self._renew = sync_script(client, RENEW)
         self._enqueue = sync_script(client, ENQUEUE)
         self._fake = fake
-        self._pubsub = self.client.pubsub()
+        self._pubsub: Any = self.client.pubsub()
         self._pubsub.psubscribe(wake_channel("*"))
         self.heard: list[tuple[str, int]] = []
         """Wake messages not yet taken: process, us to wait."""
@@ -475,7 +475,6 @@ class Ledger:
             self.attempt += 1
             self.place = max(self.place, item.place)
             if item.id in lost:
-                self.batches[item.batch].done.add(item.index)
                 self.batches[item.batch].outcomes.append((item.index, self.attempt, "lost", b""))
                 del self.items[item.id]
                 continue
@@ -521,16 +520,19 @@ class Ledger:
 
     def _compare_jobs(self, numbers: dict[str, int]) -> None:
         client, keys = self.gate.client, self.gate.keys
-        places = {"waiting": lambda i: i.place, "delayed": lambda i: PARKED}
-        places["claimed"] = lambda i: PARKED + numbers[i.owner]
+
+        def score(item: Item) -> int:
+            claimed = PARKED + numbers[item.owner] if item.state == "claimed" else PARKED
+            return item.place if item.state == "waiting" else claimed
+
         there: dict[str, int] = {}
         for flow in {item.flow for item in self.items.values()} | {"f", "g"}:
             rows: Any = client.zrange(keys.queue(flow), 0, -1, withscores=True)
-            there |= {f"{flow} {name.decode()}": int(score) for name, score in rows}
-        assert there == {f"{i.flow} {i.id}": places[i.state](i) for i in self.items.values()}
+            there |= {f"{flow} {name.decode()}": int(there_at) for name, there_at in rows}
+        assert there == {f"{i.flow} {i.id}": score(i) for i in self.items.values()}
         later: Any = client.zrange(keys.later, 0, -1, withscores=True)
         due = {i.id: i.due for i in self.items.values() if i.state == "delayed"}
-        assert {name.decode(): int(score) for name, score in later} == due
+        assert {name.decode(): int(there_at) for name, there_at in later} == due
         jobs: Any = client.hgetall(keys.jobs)
         records = {
             i.id: f"{i.attempt} {i.place} {i.deaths} {i.refusals} {i.hand_backs} {i.flow}"
