@@ -151,7 +151,8 @@ class _SyncClient(redis.Redis):
 
 def _opened(url: str, options: dict[str, Any], **more: Any) -> Redis:
     pool = _Pool.from_url(url, **(options | more))
-    pool.connection_class = _packing(pool.connection_class)
+    kind: Any = pool.connection_class
+    pool.connection_class = _packing(kind)
     return _Client.from_pool(pool)
 
 

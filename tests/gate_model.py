@@ -43,15 +43,15 @@ def job_id(limit: str, batch: str, index: int) -> str:
 class Gate:
     """The scripts of one limit on one server, with the time passed in and the messages collected."""
 
-    def __init__(self, client: redis.Redis, limit: str = "L", *, fake: bool = False) -> None:
-        self.client: Any = client
+    def __init__(self, client: Any, limit: str = "L", *, fake: bool = False) -> None:
+        self.client = client
         self.limit = limit
         self.keys = GateKeys(limit)
         self._sync = sync_script(client, SYNC)
         self._renew = sync_script(client, RENEW)
         self._enqueue = sync_script(client, ENQUEUE)
         self._fake = fake
-        self._pubsub: Any = self.client.pubsub()
+        self._pubsub = client.pubsub()
         self._pubsub.psubscribe(wake_channel("*"))
         self.heard: list[tuple[str, int]] = []
         """Wake messages not yet taken: process, us to wait."""

@@ -23,6 +23,3 @@ class WorkerSettings(FleetSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="Least severe log line shown: DEBUG, INFO, WARNING or ERROR"
     )
-    on_lost_lease: Literal["finish", "cancel"] = Field(
-        "finish", description="finish or cancel: what a running node does when the lease is at its margin"
-    )
