@@ -1,4 +1,4 @@
-"""Lua files as scripts: each is read beside its module, with `gate.lua` put in front of it."""
+"""Lua files as scripts: each is read beside its module, with what it builds on put in front of it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from redis.commands.core import AsyncScript, Script
 
-GATE = Path(__file__).with_name("gate.lua")
+PARTS = {"sync.lua": ("gate.lua", "call.lua", "settle.lua", "admit.lua", "wake.lua")}
+SHARED = ("gate.lua",)
 
 
 @cache
 def source(path: Path) -> str:
-    """The text of a script: the shared rules, then the file itself."""
-    return GATE.read_text() + "\n" + path.read_text()
+    """The text of a script: the rules it shares or is made of, then the file itself."""
+    parts = [Path(__file__).with_name(name) for name in PARTS.get(path.name, SHARED)]
+    return "\n".join(part.read_text() for part in (*parts, path))
 
 
 def script(client: AsyncRedis, path: Path) -> AsyncScript:

@@ -119,6 +119,12 @@ TABLES: dict[str, list[Row]] = {
         (10 * S + 41_665, ask("B", 4, RATED, permits=3), {"permits": 0, "wait_s": 0.000001}),
         (10 * S + 41_666, ask("B", 5, RATED, permits=3), {"permits": 3, "used": 3}),
     ],
+    "each_start_leaves_the_window_in_its_own_microsecond": [
+        (0, ask("A", 1, RATED, permits=2), {"permits": 2, "stamp": T0 + 41_666}),
+        (1, ask("A", 2, RATED, held=2, permits=1), {"permits": 1, "stamp": T0 + 41_667}),
+        (10 * S + 41_666, ask("A", 3, RATED, permits=3), {"permits": 2, "used": 3, "wait_s": 0.000001}),
+        (10 * S + 41_667, ask("A", 4, RATED, permits=1), {"permits": 1, "used": 3}),
+    ],
     "a_returned_grant_gives_its_start_back_and_doubles_the_slack": [
         (0, ask("A", 1, RATED, permits=3), {"permits": 3, "used": 3}),
         (1, ask("A", 2, RATED, held=1, returned=f"late {T0 + 41_666} 2"), {"used": 1, "slack_s": 0.083333}),
@@ -531,6 +537,18 @@ def test_a_silent_head_goes_to_the_tail_after_the_grace(ledger: Ledger) -> None:
     assert says(ledger, 12 + GRACE_US, ask("B", 3, permits=1)).permits == 1
     says(ledger, 13 + GRACE_US, ask("B", 4))
     assert ledger.gate.take_messages()[-1] == ("C", 0)
+
+
+def test_a_head_that_was_woken_once_is_woken_again(ledger: Ledger) -> None:
+    says(ledger, 0, ask("A", 1, permits=2))
+    says(ledger, 1, ask("P", 1, permits=2))
+    says(ledger, 2, ask("Q", 1, permits=1))
+    says(ledger, 3, ask("A", 2, held=1))
+    assert says(ledger, 4, ask("P", 2, permits=2)).permits == 1
+    says(ledger, 5, ask("Q", 2, leave=True))
+    ledger.gate.take_messages()
+    says(ledger, 6, ask("A", 3))
+    assert ledger.gate.take_messages() == [("P", 0)]
 
 
 # leaving ---------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ from limiter.sync import Call
 
 SOAK = os.environ.get("POCKETFLEET_SOAK") == "1"
 FIRST = int(os.environ.get("POCKETFLEET_SEED", "1"))
-SCHEDULES = {"fakeredis": 3, "valkey": 24, "redis": 24}
-FLEETS = {"fakeredis": 5, "valkey": 40, "redis": 40}
+SCHEDULES = {"fakeredis": 2, "valkey": 15, "redis": 15}
+FLEETS = {"fakeredis": 3, "valkey": 25, "redis": 25}
 MORE = 60 if SOAK else 1
 STEPS = 250
 

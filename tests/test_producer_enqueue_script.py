@@ -102,6 +102,17 @@ def test_a_payload_that_redis_lost_is_put_back_in_its_place(gate: Gate) -> None:
     assert [job.payload for job in answer.jobs] == [b"f 0", b"f 1"]
 
 
+def test_an_item_that_ended_as_lost_may_be_enqueued_again(gate: Gate) -> None:
+    gate.enqueue(T0, "b", "f", items(0, 1))
+    gate.client.delete("arq:job:" + job_id("L", "b", 0))
+    gate.sync(worker("A", 1, 2), T0 + 1)
+    assert gate.client.hget(gate.keys.batch("b"), "lost") == b"1"
+    assert gate.enqueue(T0 + 2, "b", "f", items(0, 1)) == [1, 0]
+    answer = read_answer(gate.sync(worker("A", 2, 1, 1), T0 + 3))
+    assert [job.id for job in answer.jobs] == [job_id("L", "b", 0)]
+    assert gate.client.hget(gate.keys.batch("b"), "left") == b"2"
+
+
 def test_as_many_idle_processes_are_woken_as_there_is_room_for(gate: Gate) -> None:
     for name in "ABCDE":
         gate.sync(worker(name, 1, 1), T0)

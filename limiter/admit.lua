@@ -1,0 +1,198 @@
+-- admit: the window, whose turn it is, and the claim of the jobs with the lowest places. Part of sync.lua.
+
+-- Slack: a process that had to give grants back doubles it (at most 5 s); it decays by a sixteenth of
+-- the time that passes, so that stamps stay in order.
+local function tune_slack()
+  local least = math.max(state.window / 240, 10000)
+  local slack = math.max(least, state.slack)
+  slack = math.max(least, slack - (now - state.slack_at) / 16)
+  if call.returned ~= '' then
+    for stamp, count in string.gmatch(call.returned, '(%d+) (%d+)') do
+      redis.call('LREM', STARTS, count, stamp)
+    end
+    if string.sub(call.returned, 1, 4) == 'late' then slack = math.min(5000000, slack * 2) end
+  end
+  state.slack, state.slack_at = math.floor(slack), now
+end
+
+-- Forget the starts that are older than the window; returns how many are left.
+local function trim_starts()
+  local used = gate.rate > 0 and redis.call('LLEN', STARTS) or 0
+  if used == 0 then return 0 end
+  local edge = now - state.window
+  local low, high = 0, used -- first index whose stamp is inside the window lies in [low, high]
+  if tonumber(redis.call('LINDEX', STARTS, 0)) > edge then return used end
+  while low < high do
+    local middle = math.floor((low + high) / 2)
+    if tonumber(redis.call('LINDEX', STARTS, middle)) <= edge then low = middle + 1 else high = middle end
+  end
+  redis.call('LTRIM', STARTS, low, -1)
+  return used - low
+end
+
+-- Runs whose time has come go back to their own places, at most 500 per call.
+local function release_due()
+  if state.due == 0 or now < state.due then return end
+  local ids = redis.call('ZRANGEBYSCORE', LATER, '-inf', whole(now), 'LIMIT', 0, 500)
+  for _, id in ipairs(ids) do
+    local job = read_job(redis.call('HGET', JOBS, id))
+    if job then
+      redis.call('ZADD', queue_of(job.flow), whole(job.place), id)
+      returned_flows[job.flow] = true
+    end
+    redis.call('ZREM', LATER, id)
+  end
+  local first = redis.call('ZRANGE', LATER, 0, 0, 'WITHSCORES')
+  state.due = first[2] and tonumber(first[2]) or 0
+end
+
+local function first_ticket() return redis.call('ZRANGE', TICKETS, 0, 0)[1] end
+
+local function take_ticket()
+  state.ticket = state.ticket + 1
+  if redis.call('ZADD', TICKETS, whole(state.ticket), me) == 1 then
+    state.waiting = state.waiting + 1
+    if state.waiting == 1 then expire(TICKETS) end
+  end
+end
+
+local function set_kind(kind)
+  state.callers = state.callers + (kind == 'p' and 1 or 0) - (record.kind == 'p' and 1 or 0)
+  record.kind = kind
+end
+
+local function drop_ticket()
+  if record.kind ~= '-' and redis.call('ZREM', TICKETS, me) == 1 then state.waiting = state.waiting - 1 end
+  set_kind('-')
+end
+
+-- A head that was told to call and stays silent while something is free goes to the tail until it calls.
+local function pass_over_silent_head()
+  if state.waiting < 2 or gate.free <= 0 then return end
+  local head = first_ticket()
+  if head and head ~= me and head == state.woken and now > state.woken_due + GRACE then
+    state.ticket = state.ticket + 1
+    redis.call('ZADD', TICKETS, whole(state.ticket), head)
+    state.woken = ''
+  end
+end
+
+-- How many of the free places this process may take. Between processes it goes round by ticket; one
+-- that finished something takes its next jobs in the same call up to its fair share.
+local function turn()
+  local free, ended = gate.free, gate.ended
+  if call.leave or free <= 0 then return 0 end
+  local others = state.waiting - (record.kind ~= '-' and 1 or 0)
+  if others <= 0 then return free end
+  local share = math.ceil(math.floor(state.level) / math.max(1, state.active + 1))
+  local head = first_ticket()
+  if head == me then return math.min(free, math.max(1, share)) end
+  if ended > 0 and call.permits == 0 and state.callers == 0 then
+    return math.max(0, math.min(free, ended, share - record.held))
+  end
+  return 0
+end
+
+-- The waiting jobs with the lowest places among the flows this process knows: at most `count`, and
+-- whether more are left.
+local function lowest_places(count)
+  local heap = {}
+  for _, flow in ipairs(call.flows) do
+    local rows = redis.call('ZRANGE', queue_of(flow), 0, count, 'WITHSCORES')
+    for i = 1, #rows, 2 do
+      local place = tonumber(rows[i + 1])
+      if place >= PARKED then break end
+      heap[#heap + 1] = { id = rows[i], place = place, flow = flow }
+    end
+  end
+  if #call.flows > 1 then
+    table.sort(heap, function(a, b) return a.place < b.place or (a.place == b.place and a.id < b.id) end)
+  end
+  local more = #heap > count and heap[count + 1].flow or nil
+  for i = #heap, count + 1, -1 do heap[i] = nil end
+  return heap, more
+end
+
+local function add_claimed(claimed, id, job, payload)
+  local n = #claimed
+  claimed[n + 1], claimed[n + 2], claimed[n + 3] = id, whole(job.attempt), job.deaths
+  claimed[n + 4], claimed[n + 5], claimed[n + 6] = job.refused, job.backs, payload
+end
+
+-- Claim the chosen jobs: attempt, record, parked place, in-progress mark. A job whose payload is gone
+-- ends as lost.
+local function claim(chosen)
+  if #chosen == 0 then return {} end
+  local ids, payload_keys = {}, {}
+  for i, c in ipairs(chosen) do ids[i], payload_keys[i] = c.id, 'arq:job:' .. c.id end
+  local payloads = redis.call('MGET', unpack(payload_keys))
+  local known = redis.call('HMGET', JOBS, unpack(ids))
+  changed = { records = {}, keys = {}, fields = {}, queues = {}, running = {} }
+  batches = {}
+  local claimed = {}
+  for i, c in ipairs(chosen) do
+    local job = read_job(known[i] or '') or { deaths = 0, refused = 0, backs = 0, place = c.place, flow = c.flow }
+    state.attempt = state.attempt + 1
+    job.attempt = state.attempt
+    if payloads[i] then
+      SETTLE.keep(c.id, job)
+      add_claimed(claimed, c.id, job, payloads[i])
+    else
+      record_outcome(c.id, whole(job.attempt), 'lost', '')
+      forget(c.id, c.flow)
+    end
+    state.place = math.max(state.place, c.place)
+  end
+  write_changes()
+  close_batches()
+  return claimed
+end
+
+local function stamp_starts(count)
+  if count == 0 or gate.rate == 0 then return 0 end
+  local stamp, list = now + state.slack, {}
+  for i = 1, count do list[i] = whole(stamp) end
+  local length = 0
+  chunks(list, 1000, function(...) length = redis.call('RPUSH', STARTS, ...) end)
+  if length == count then expire(STARTS) end
+  return stamp
+end
+
+-- The window as it is now, and the delayed runs that are due.
+local function roll_window()
+  tune_slack()
+  gate.used = trim_starts()
+  release_due()
+end
+
+-- Decide how much, then take it: permits first, then the jobs with the lowest places.
+local function admit()
+  gate.closed_until = math.max(state.pause, gate.opens, gate.held_until)
+  gate.free = now < gate.closed_until and 0 or math.floor(state.level) - state.in_use
+  if gate.rate > 0 then gate.free = math.min(gate.free, gate.rate - gate.used) end
+  pass_over_silent_head()
+  local cap = turn()
+  gate.permits = math.min(call.permits, cap)
+  state.attempt = state.attempt + gate.permits
+  gate.permit_attempt = state.attempt
+  local count = math.min(call.jobs, cap - gate.permits)
+  local chosen = {}
+  if call.jobs > 0 then chosen, gate.more = lowest_places(count) end
+  gate.claimed = claim(chosen)
+  gate.jobs = #gate.claimed / 6
+  gate.gone = #chosen - gate.jobs
+  gate.given = gate.permits + gate.jobs
+  gate.stamp = stamp_starts(gate.given)
+  if gate.rate > 0 then gate.used = gate.used + gate.given end
+  record.held = record.held + gate.given
+  state.in_use = state.in_use + gate.given
+  gate.free = gate.free - gate.given
+  gate.refuses = gate.permits < call.permits or (gate.more ~= nil and count < call.jobs)
+end
+
+-- Who was refused by the gate waits by ticket; who got part of it, at the tail.
+local function queue_up()
+  if not gate.refuses then return drop_ticket() end
+  if gate.given > 0 or record.kind == '-' then take_ticket() end
+  set_kind(gate.permits < call.permits and 'p' or 'j')
+end

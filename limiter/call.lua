@@ -1,0 +1,168 @@
+-- call: the call of `sync` as read from ARGV, the gate it meets, and the dead it finds. Part of sync.lua.
+
+local me = ARGV[1]
+local call = {
+  seq = tonumber(ARGV[3]), held = tonumber(ARGV[4]), permits = tonumber(ARGV[5]), jobs = tonumber(ARGV[6]),
+  birth = tonumber(ARGV[7]), started = tonumber(ARGV[8]), limits = ARGV[9], override = ARGV[10],
+  successes = tonumber(ARGV[11]), counted_under = tonumber(ARGV[12]), refused = tonumber(ARGV[13]),
+  pause = tonumber(ARGV[14]), returned = ARGV[15], leave = ARGV[16] == '1', flows = {},
+}
+local flow_count = tonumber(ARGV[17])
+for i = 1, flow_count do call.flows[i] = ARGV[17 + i] end
+local FIRST_ENTRY = 18 + flow_count
+
+local state, was, record = load(me)
+local now = clock(state)
+local gate = {} -- what this call finds and decides: limits in force, places free, who is told
+local returned_flows = {} -- flows some of whose jobs came back to the queue in this call
+local delayed = {} -- flow -> earliest due time of the runs refused in this call
+
+local function chunks(list, size, act)
+  for from = 1, #list, size do
+    act(unpack(list, from, math.min(from + size - 1, #list)))
+  end
+end
+
+local function take_override(text)
+  local max, rate, pause = string.match(text, '^(%S+) (%S+) (%S+)$')
+  state.override = max and text or ''
+  return tonumber(max or ''), tonumber(rate or ''), tonumber(pause or '')
+end
+
+-- The limits in force: of the process that started last, under the operator's override.
+local function effective()
+  local max, rate, pause = take_override(state.override)
+  return max or state.max, rate or state.rate, pause or 0
+end
+
+local function take_limits()
+  if call.limits == '' or call.started <= state.config_from then return end
+  local v = {}
+  for word in string.gmatch(call.limits, '%S+') do v[#v + 1] = tonumber(word) end
+  state.max, state.min, state.initial, state.rate, state.window, state.lease = v[1], v[2], v[3], v[4], v[5], v[6]
+  state.backoff, state.threshold, state.factor = v[7], v[8], v[9]
+  state.config_from = call.started
+  state.reap_at = 0
+end
+
+-- A level at its ceiling follows the ceiling; a level below it stays.
+local function bound_level(ceiling)
+  if state.level == 0 then state.level = state.initial end
+  if state.ceiling > 0 and state.level >= state.ceiling then state.level = ceiling end
+  state.level = math.max(math.min(state.min, ceiling), math.min(state.level, ceiling))
+  state.ceiling = ceiling
+end
+
+local function create_gate()
+  state.gen, state.attempt, state.place = now, now, 1
+  state.override = redis.call('GET', OVERRIDE) or ''
+  if state.override == '' and call.override ~= '' then
+    state.override = call.override
+    redis.call('SET', OVERRIDE, call.override)
+  end
+  redis.call('DEL', FLOWS)
+end
+
+local function lifetime_ms()
+  if state.flows > 0 then return WEEK end
+  return math.ceil(math.max(state.window, 2 * state.lease) / 1000) + 60000
+end
+
+local function expire(key) redis.call('PEXPIRE', key, lifetime_ms()) end
+
+-- Claims that no living record owns go back to their places (a gate that is new, a flow first served).
+local function sweep(flow)
+  local ids = redis.call('ZRANGEBYSCORE', queue_of(flow), whole(PARKED + 1), '+inf')
+  for _, id in ipairs(ids) do
+    local job = read_job(redis.call('HGET', JOBS, id))
+    redis.call('ZADD', queue_of(flow), whole(job and job.place or state.place), id)
+    redis.call('DEL', 'arq:in-progress:' .. id)
+  end
+end
+
+-- The gate as it is for this call; false if nobody has given it values yet.
+local function meet_gate()
+  if state.gen == 0 then create_gate() end
+  if call.birth > 0 and call.birth < state.gen then state.cold = 1 end
+  if call.started == 0 then call.started = now end
+  take_limits()
+  if state.lease == 0 then return false end
+  gate.max, gate.rate, gate.held_until = effective()
+  bound_level(gate.max)
+  gate.opens = 0
+  if state.cold == 1 then
+    gate.opens = state.gen + math.max(state.lease, gate.rate > 0 and state.window or 0)
+    if now >= gate.opens then state.cold = 0 end
+  end
+  return true
+end
+
+-- A process that finds itself unknown though it holds something is admitted nothing in this call.
+local function join()
+  gate.unknown = not record and call.seq > 1 and call.held > 0
+  if gate.unknown then call.permits, call.jobs = 0, 0 end
+  if not record then
+    state.processes = state.processes + 1
+    record = { number = state.processes, held = 0, seq = 0, kind = '-', idle = false, flows = 0, ends = 0 }
+    state.touched = 0
+  end
+  if record.flows ~= flow_count then
+    for _, flow in ipairs(call.flows) do
+      if redis.call('SADD', FLOWS, flow) == 1 then sweep(flow) end
+    end
+    record.flows = flow_count
+    state.flows = redis.call('SCARD', FLOWS)
+    state.touched = 0
+  end
+  record.extended = false
+  state.active = state.active - is_active(record)
+end
+
+-- The jobs of a process that is gone go back to their own places, with one death more each if it died.
+local function return_jobs(number, died)
+  for _, flow in ipairs(redis.call('SMEMBERS', FLOWS)) do
+    local queue, parked = queue_of(flow), whole(PARKED + number)
+    local ids = redis.call('ZRANGEBYSCORE', queue, parked, parked)
+    for _, id in ipairs(ids) do
+      local job = read_job(redis.call('HGET', JOBS, id))
+      if job then
+        job.deaths = job.deaths + died
+        redis.call('HSET', JOBS, id, write_job(job))
+      end
+      redis.call('ZADD', queue, whole(job and job.place or state.place), id)
+      redis.call('DEL', 'arq:in-progress:' .. id)
+      returned_flows[flow] = true
+    end
+  end
+end
+
+local function bury(process)
+  local dead = read_record(redis.call('HGET', GATE, 'p:' .. process))
+  if dead then
+    state.in_use = math.max(0, state.in_use - dead.held)
+    state.active = math.max(0, state.active - is_active(dead))
+    if dead.kind == 'p' then state.callers = math.max(0, state.callers - 1) end
+    return_jobs(dead.number, 1)
+  end
+  if redis.call('ZREM', TICKETS, process) == 1 then state.waiting = state.waiting - 1 end
+  for _, flow in ipairs(redis.call('SMEMBERS', FLOWS)) do redis.call('ZREM', idle_of(flow), process) end
+  redis.call('ZREM', LEASES, process)
+  redis.call('HDEL', GATE, 'p:' .. process, 'a:' .. process)
+end
+
+-- Whoever calls reaps the dead: slots and claims together, never one without the other.
+local function reap()
+  if now <= state.reap_at then return end
+  local rows = redis.call('ZRANGE', LEASES, 0, 63, 'WITHSCORES')
+  state.reap_at = now + state.lease
+  for i = 1, #rows, 2 do
+    local ends = tonumber(rows[i + 1])
+    if ends >= now then
+      state.reap_at = math.min(state.reap_at, ends)
+      return
+    elseif rows[i] ~= me then
+      bury(rows[i])
+    end
+  end
+  if #rows == 128 then state.reap_at = now end
+end

@@ -1,0 +1,188 @@
+-- settle: what the call says has ended, was refused or goes back, and what that does to the level.
+-- Part of sync.lua.
+
+local ENDED = { completed = true, failed = true, aborted = true, quarantined = true, lost = true }
+
+local changed = { records = {}, keys = {}, fields = {}, queues = {}, running = {} }
+
+local function move(flow, id, score)
+  local list = changed.queues[flow] or {}
+  local n = #list
+  changed.queues[flow] = list
+  list[n + 1], list[n + 2] = score, id
+end
+
+local batches = {} -- what each batch's ended runs change, written once per call
+local AFTER_TAG = #string.match(GATE, '{.-}') + 2 -- where the batch begins in a job id
+
+-- Batch and index of a job id `{limit}:batch:index`.
+local function parts(id)
+  return string.match(id, '^([^:]+):(%d+)$', AFTER_TAG)
+end
+
+local function record_outcome(id, attempt, status, outcome)
+  local name, index = parts(id)
+  local batch = batches[name]
+  if not batch then
+    batch = { bits = {}, counts = {}, ended = 0, out = ROOT .. 'out:' .. name }
+    batches[name] = batch
+  end
+  redis.call('XADD', batch.out, '*', 'i', index, 't', attempt, 's', status, 'o', outcome)
+  if status ~= 'lost' then -- what was lost may be enqueued again
+    local bits, n = batch.bits, #batch.bits
+    bits[n + 1], bits[n + 2], bits[n + 3], bits[n + 4] = 'SET', 'u1', index, '1'
+  end
+  batch.counts[status] = (batch.counts[status] or 0) + 1
+  batch.ended = batch.ended + 1
+end
+
+-- Keys of a batch live until the producer deletes them, else a week after its last outcome.
+local function close_batches()
+  for name, batch in pairs(batches) do
+    local key, done, out = ROOT .. 'batch:' .. name, ROOT .. 'done:' .. name, ROOT .. 'out:' .. name
+    if #batch.bits > 0 then redis.call('BITFIELD', done, unpack(batch.bits)) end
+    local left = tonumber(redis.call('HGET', key, 'left') or '')
+    if left then
+      for status, count in pairs(batch.counts) do redis.call('HINCRBY', key, status, count) end
+      left = redis.call('HINCRBY', key, 'left', -batch.ended)
+    end
+    if not left or left <= 0 then
+      for _, each in ipairs({ key, done, out, ROOT .. 'base:' .. name }) do redis.call('PEXPIRE', each, WEEK) end
+    end
+  end
+end
+
+local function forget(id, flow)
+  local keys, fields, list = changed.keys, changed.fields, changed.queues[flow] or {}
+  local n = #keys
+  changed.queues[flow] = list
+  keys[n + 1], keys[n + 2] = 'arq:job:' .. id, 'arq:in-progress:' .. id
+  fields[#fields + 1] = id
+  list.gone = list.gone or {}
+  list.gone[#list.gone + 1] = id
+end
+
+local function note(id, job)
+  local records, n = changed.records, #changed.records
+  records[n + 1], records[n + 2] = id, write_job(job)
+end
+
+local function give_back(id, job, score)
+  changed.keys[#changed.keys + 1] = 'arq:in-progress:' .. id
+  note(id, job)
+  move(job.flow, id, score)
+end
+
+local SETTLE = {
+  refuse = function(id, job, delay)
+    job.refused = job.refused + 1
+    local due = math.max(now + tonumber(delay), state.pause)
+    redis.call('ZADD', LATER, whole(due), id)
+    state.due = state.due == 0 and due or math.min(state.due, due)
+    give_back(id, job, whole(PARKED))
+    delayed[job.flow] = math.min(due, delayed[job.flow] or due)
+  end,
+  back = function(id, job)
+    give_back(id, job, whole(job.place))
+    returned_flows[job.flow] = true
+  end,
+  hand = function(id, job)
+    job.backs = job.backs + 1
+    give_back(id, job, whole(job.place))
+    returned_flows[job.flow] = true
+  end,
+  keep = function(id, job)
+    local running, n = changed.running, #changed.running
+    running[n + 1], running[n + 2] = 'arq:in-progress:' .. id, me
+    note(id, job)
+    move(job.flow, id, whole(PARKED + record.number))
+  end,
+}
+
+-- While a gate that lost its data holds, what it does not know is adopted.
+local function adopted(id, attempt, what, flow)
+  local name, index = parts(id)
+  if now >= gate.opens or what == 'back' or not flow then return nil end
+  if redis.call('GETBIT', ROOT .. 'done:' .. name, index) == 1 then return nil end
+  -- not yet enqueued again by its producer, so nobody has counted it
+  if not redis.call('ZSCORE', queue_of(flow), id) then redis.call('HINCRBY', ROOT .. 'batch:' .. name, 'left', 1) end
+  return { attempt = attempt, place = state.place, deaths = 0, refused = 0, backs = 0, flow = flow }
+end
+
+local function settle_entry(i, job)
+  local id, attempt, what, arg = ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 3], ARGV[i + 4]
+  job = job or adopted(id, attempt, what, call.flows[tonumber(ARGV[i + 2])])
+  if not job or job.attempt ~= attempt then return false end
+  local status = ENDED[what] and what or string.match(what, '^blob:(.+)$')
+  if status then
+    record_outcome(id, ARGV[i + 1], status, arg)
+    forget(id, job.flow)
+  elseif SETTLE[what] then
+    SETTLE[what](id, job, arg)
+  else
+    redis.call('SET', 'arq:result:' .. id, arg, 'PX', string.match(what, '^result:(%d+)$'))
+  end
+  return true
+end
+
+local function write_changes()
+  for flow, list in pairs(changed.queues) do
+    if list.gone then chunks(list.gone, 1000, function(...) redis.call('ZREM', queue_of(flow), ...) end) end
+    if #list > 0 then chunks(list, 2000, function(...) redis.call('ZADD', queue_of(flow), ...) end) end
+  end
+  chunks(changed.keys, 2000, function(...) redis.call('DEL', ...) end)
+  chunks(changed.fields, 1000, function(...) redis.call('HDEL', JOBS, ...) end)
+  chunks(changed.records, 2000, function(...) redis.call('HSET', JOBS, ...) end)
+  chunks(changed.running, 2000, function(...) redis.call('MSET', ...) end)
+end
+
+-- Ends, refusals and runs given back, each only if the attempt is still its own; the others are named.
+local function settle_entries()
+  local ids, refused = {}, {}
+  for i = FIRST_ENTRY, #ARGV, 5 do ids[#ids + 1] = ARGV[i] end
+  if #ids == 0 then return refused end
+  local known = {}
+  chunks(ids, 1000, function(...)
+    for _, text in ipairs(redis.call('HMGET', JOBS, ...)) do known[#known + 1] = text end
+  end)
+  for n, id in ipairs(ids) do
+    if not settle_entry(FIRST_ENTRY + (n - 1) * 5, read_job(known[n] or '')) then
+      refused[#refused + 1] = id
+    end
+  end
+  write_changes()
+  close_batches()
+  return refused
+end
+
+-- One cut per episode: only a run admitted after the last cut can cut again, or, after 30 s in which
+-- none of those ended, any. Growth only while the level is what holds the fleet back.
+local function adapt(in_use_before)
+  local ceiling = gate.max
+  if call.pause > 0 then state.pause = math.max(state.pause, now + call.pause) end
+  local floor = math.min(state.min, ceiling)
+  if call.refused > 0 and (call.refused > state.cut or now - state.quiet > 30000000) then
+    state.level = math.max(floor, state.level * state.backoff)
+    state.cut, state.oks, state.quiet = state.attempt, 0, now
+  elseif call.successes > 0 and call.counted_under == state.cut then
+    state.quiet = now
+    if in_use_before >= math.floor(state.level) and state.level < ceiling then
+      state.oks = state.oks + call.successes
+      if state.oks >= state.threshold then
+        state.level = math.min(ceiling, math.max(state.level + 1, state.level * state.factor))
+        state.oks = 0
+      end
+    end
+  end
+end
+
+-- The whole step: entries, slots, level.
+local function settle()
+  local in_use_before = state.in_use
+  gate.refused = settle_entries()
+  if call.leave then return_jobs(record.number, 0) end -- granted in an answer that it never heard
+  gate.ended = math.max(0, record.held - call.held)
+  state.in_use = math.max(0, state.in_use + call.held - record.held)
+  record.held = call.held
+  adapt(in_use_before)
+end

@@ -1,0 +1,177 @@
+-- wake: who is told, who stands idle, when to ask again, and what the caller hears. Part of sync.lua.
+
+-- When the next place comes free by itself, us; nil when only a release can free one.
+local function next_free()
+  if now < gate.closed_until then return gate.closed_until end
+  if math.floor(state.level) - state.in_use <= 0 then return nil end
+  if gate.rate > 0 and gate.used >= gate.rate then
+    return tonumber(redis.call('LINDEX', STARTS, gate.used - gate.rate)) + state.window
+  end
+  return now
+end
+
+-- Only the head has a timer and only the head is woken; it gets the time at which it is due.
+local function wake_head()
+  local due = gate.due
+  if state.woken == me then state.woken = '' end -- it has called: a later head must be told anew
+  local head = state.waiting > 0 and first_ticket() or nil
+  if not head then
+    state.woken, state.waiting = '', 0
+  elseif head == me then
+    state.woken, state.woken_due = me, due or now + state.lease
+  elseif due and (head ~= state.woken or due < state.woken_due) then
+    publish(head, math.max(0, due - now))
+    state.woken, state.woken_due = head, due
+  end
+  return head
+end
+
+-- Idle processes may be left asleep when fewer were woken than jobs came: while nobody waits by ticket,
+-- wake one per flow that has both, so that one stands by ticket, with a timer, whenever jobs wait.
+local function wake_left_behind()
+  state.behind = 0
+  for _, flow in ipairs(redis.call('SMEMBERS', FLOWS)) do
+    if redis.call('ZCARD', idle_of(flow)) > 0 then
+      local first = redis.call('ZRANGE', queue_of(flow), 0, 0, 'WITHSCORES')
+      if first[2] and tonumber(first[2]) < PARKED then
+        wake_idle(flow)
+        state.behind = 1
+      end
+    end
+  end
+end
+
+-- The first idle process of the flow hears when a delayed run is due; it goes on standing idle.
+local function tell_idle(flow, due)
+  local first = redis.call('ZRANGE', idle_of(flow), 0, 0)[1]
+  if first then publish(first, math.max(0, due - now)) end
+end
+
+local function stand_idle(idle)
+  if idle then
+    for _, flow in ipairs(call.flows) do
+      if redis.call('ZADD', idle_of(flow), whole(now), me) == 1 then expire(idle_of(flow)) end
+    end
+  elseif record.idle then
+    for _, flow in ipairs(call.flows) do redis.call('ZREM', idle_of(flow), me) end
+  end
+  record.idle = idle
+end
+
+local function renew_lifetimes()
+  for _, key in ipairs({ GATE, LEASES, STARTS, TICKETS, FLOWS }) do expire(key) end
+end
+
+-- Written only when a fifth of it is gone: most calls of a busy process need not touch the lease.
+local function extend_lease()
+  local ends = now + (gate.stretched and 2 * state.lease or state.lease)
+  if record.ends - now < 0.8 * state.lease or record.ends > now + 2 * state.lease or gate.stretched then
+    redis.call('ZADD', LEASES, whole(ends), me)
+    record.ends = ends
+  end
+end
+
+-- Everybody whose turn may have come hears of it, and the caller stands where it belongs.
+local function wake()
+  local was_idle = record.idle
+  stand_idle(not call.leave and not gate.more and call.jobs > gate.jobs)
+  gate.due = next_free()
+  gate.head = wake_head()
+  if gate.free > 0 and not gate.head and gate.more then returned_flows[gate.more] = true end
+  for flow in pairs(returned_flows) do
+    if wake_idle(flow) > 0 then state.behind = 1 end
+  end
+  if not gate.head and state.behind == 1 and next(returned_flows) == nil then wake_left_behind() end
+  if record.idle then return end
+  if was_idle and state.due > 0 then
+    for _, flow in ipairs(call.flows) do tell_idle(flow, state.due) end
+  end
+  for flow, at in pairs(delayed) do tell_idle(flow, at) end
+end
+
+-- answer ----------------------------------------------------------------------------------------
+
+local function reason()
+  if gate.refuses then
+    if now < gate.opens then return 'cold' end
+    if now < gate.closed_until then return 'pause' end
+    if math.floor(state.level) - state.in_use <= 0 then return 'level' end
+    if gate.rate > 0 and gate.used >= gate.rate then return 'window' end
+    return 'turn'
+  end
+  if gate.unknown then return 'cold' end
+  return call.jobs > gate.jobs and 'jobs' or '-'
+end
+
+-- When to call again though nothing happened, us. Above 100 waiting processes a lease is stretched.
+local function wait_us()
+  local mine = gate.head == me
+  gate.stretched = state.waiting > 100 and record.held == 0 and gate.refuses and not mine
+  local wait = gate.stretched and state.lease or state.lease / 3
+  if gate.gone > 0 and gate.more then return 0 end -- some were lost: ask again for what is left
+  if state.reap_at >= now and (gate.refuses or record.idle) then wait = math.min(wait, state.reap_at - now + 1000) end
+  if gate.refuses and mine and gate.due then wait = math.min(wait, gate.due - now) end
+  if gate.refuses and not mine and gate.free > 0 then wait = math.min(wait, GRACE) end
+  if record.idle and state.due > 0 then wait = math.min(wait, state.due - now) end
+  return math.max(0, math.ceil(wait))
+end
+
+local function leave()
+  drop_ticket()
+  stand_idle(false)
+  state.in_use = math.max(0, state.in_use - record.held)
+  redis.call('ZREM', LEASES, me)
+  redis.call('HDEL', GATE, 'p:' .. me, 'a:' .. me)
+end
+
+local function header()
+  local wait, why = wait_us(), reason()
+  if not call.leave then extend_lease() end
+  return table.concat({
+    gate.unknown and 1 or 0, gate.permits, whole(wait), whole(now), whole(state.gen), whole(call.started),
+    whole(state.cut), exact(state.level), whole(state.in_use), whole(gate.used), whole(gate.stamp),
+    whole(state.slack), whole(record.ends - now), why, whole(gate.permit_attempt),
+  }, ' ')
+end
+
+local function with_jobs(head, refused, claimed)
+  local reply = { head, state.override, refused }
+  for i, value in ipairs(claimed) do reply[i + 3] = value end
+  return reply
+end
+
+-- Write the state, keep the answer in case it has to be given again, and give it.
+local function reply()
+  local renew = now - state.touched >= state.lease / 3
+  if renew then state.touched = now end
+  local head, refused = header(), table.concat(gate.refused, ' ')
+  if call.leave then
+    leave()
+    save(state, was)
+  else
+    record.seq = call.seq
+    state.active = state.active + is_active(record)
+    local ids = {}
+    for i = 1, #gate.claimed, 6 do ids[#ids + 1] = gate.claimed[i] end
+    local stored = head .. '\n' .. refused .. '\n' .. table.concat(ids, ' ')
+    save(state, was, { 'p:' .. me, write_record(record), 'a:' .. me, stored })
+  end
+  if renew then renew_lifetimes() end
+  return with_jobs(head, refused, gate.claimed)
+end
+
+-- The same number gets the same answer: header and ids as stored, payloads and records read again.
+local function answer_again()
+  record.extended = false
+  record.ends = now + state.lease
+  redis.call('ZADD', LEASES, whole(record.ends), me)
+  save(state, was, { 'p:' .. me, write_record(record) })
+  local stored = redis.call('HGET', GATE, 'a:' .. me) or ''
+  local head, refused, ids = string.match(stored, '^([^\n]*)\n([^\n]*)\n([^\n]*)$')
+  local claimed = {}
+  for id in string.gmatch(ids or '', '%S+') do
+    local job, payload = read_job(redis.call('HGET', JOBS, id)), redis.call('GET', 'arq:job:' .. id)
+    if job and payload then add_claimed(claimed, id, job, payload) end
+  end
+  return with_jobs(head, refused, claimed)
+end
