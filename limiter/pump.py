@@ -16,20 +16,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from redis.exceptions import RedisError, ResponseError
 
+from limiter.alarm import Alarm
 from limiter.errors import LimitsError
 from limiter.keys import GateKeys
 from limiter.limits import Limits
+from limiter.news import News
 from limiter.permit import Permit
 from limiter.script import script
-from limiter.sync import MOST, OK, SYNC, UNKNOWN, Answer, Call, Claimed, Entry, read_answer
+from limiter.sync import OK, SYNC, UNKNOWN, Answer, Call, Claimed, Entry, read_answer
 
 if TYPE_CHECKING:
     from limiter.process import Process
 
 log = logging.getLogger("pocketfleet.limiter")
-
-MOST_BYTES = 256 * 1024
-"""Outcomes of one call, bytes."""
 
 
 class Crew(Protocol):
@@ -69,17 +68,11 @@ class Pump:
         self._waiters: deque[asyncio.Future[Permit]] = deque()
         self._permits: set[Permit] = set()
         self._claims: dict[str, Entry] = {}
-        self._news: deque[Entry] = deque()
-        self._returned: dict[int, int] = {}
-        self._late = False
-        self._successes = self._refused = self._pause_us = 0
+        self._news = News()
+        self._alarm = Alarm()
         self._seq = self._birth = self._started = self._cut = 0
         self._remember_until = 0.0
         self._override = ""
-        self._dirty = False
-        self._due = 0.0
-        self._sleeping: asyncio.Future[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
         self._lease_watch: asyncio.TimerHandle | None = None
         self._contact: list[asyncio.Future[None]] = []
         self.joined = False
@@ -111,18 +104,17 @@ class Pump:
     def return_unused(self, permit: Permit) -> None:
         """The block never started: its place in the window comes back too."""
         if permit in self._permits:
-            self._give_back_start(permit.stamp)
+            self._news.return_start(permit.stamp, late=False)
             self.release(permit)
 
     def succeed(self, attempt: int) -> None:
         """One unit of work admitted as `attempt` went well (feeds the adaptive level)."""
         if attempt > self._cut:
-            self._successes += 1
+            self._news.succeed()
 
     def refuse(self, attempt: int, pause_s: float = 0.0) -> None:
         """The protected API refused a run admitted as `attempt`; it asks for a pause of that long."""
-        self._refused = max(self._refused, attempt)
-        self._pause_us = max(self._pause_us, round(pause_s * 1e6))
+        self._news.refuse(attempt, pause_s)
         self.kick()
 
     def adopt(self, limits: Limits) -> None:
@@ -153,27 +145,24 @@ class Pump:
         """A claimed run is over (or goes back): free its slot and record it in the next call."""
         if self._claims.pop(entry.job, None) is not None:
             self.held -= 1
-        self._news.extend((*extra, entry))
+        self._news.add((*extra, entry))
         self.kick()
 
     def return_job(self, entry: Entry, stamp: int, *, late: bool) -> None:
         """A claimed job that was not started goes back to its place, with its start."""
-        self._late = self._late or late
-        self._give_back_start(stamp)
+        self._news.return_start(stamp, late=late)
         self.settle(entry)
 
     def kick(self) -> None:
         """Something changed: call as soon as no call is in flight."""
-        if not self._dirty:
-            self._dirty = True
-            self._rouse()
+        self._alarm.ring()
 
     def wake(self, wait_s: float) -> None:
         """The gate says it is worth asking in `wait_s` seconds."""
-        self._due = min(self._due, monotonic() + wait_s)
         if wait_s <= 0:
-            self._dirty = True
-        self._rouse()
+            self._alarm.ring()
+        else:
+            self._alarm.bring_forward(monotonic() + wait_s)
 
     @property
     def safe(self) -> bool:
@@ -192,8 +181,8 @@ class Pump:
     async def serve(self) -> None:
         """Call whenever something changed or the gate said so; leave when closed or cancelled."""
         try:
-            while not (self.closing and not self._news and not self._returned):
-                await self._sleep()
+            while not (self.closing and not self._news):
+                await self._alarm.sleep(for_ever=not (self.joined or self._wanted()))
                 if self.closing and not self.joined and not self._news:
                     return
                 await self._exchange()
@@ -211,38 +200,6 @@ class Pump:
             log.exception("pump.fault limit=%s", self.name)
             self.kick()
 
-    async def _sleep(self) -> None:
-        """Until something changed or the next call is due."""
-        if self._dirty:
-            await asyncio.sleep(0)  # let everything that is ready now ride on the same call
-            return
-        self._sleeping = asyncio.get_running_loop().create_future()
-        if self.joined or self._wanted():
-            self._set_timer()
-        try:
-            await self._sleeping
-        finally:
-            self._sleeping = None
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-
-    def _set_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        delay = max(0.0, self._due - monotonic())
-        self._timer = asyncio.get_running_loop().call_later(delay, self._end_sleep)
-
-    def _end_sleep(self) -> None:
-        if self._sleeping is not None and not self._sleeping.done():
-            self._sleeping.set_result(None)
-
-    def _rouse(self) -> None:
-        if self._dirty:
-            self._end_sleep()
-        elif self._sleeping is not None:
-            self._set_timer()
-
     def _wanted(self) -> bool:
         return bool(self._waiters or self._crew or self.held)
 
@@ -250,7 +207,7 @@ class Pump:
         return self.answer is not None and self.answer.reason in ("level", "window", "pause", "cold", "turn")
 
     def _compose(self) -> Call:
-        self._dirty = False
+        self._alarm.rung = False
         self._seq += 1
         while self._waiters and self._waiters[0].done():
             self._waiters.popleft()
@@ -266,35 +223,14 @@ class Pump:
             started=self._started,
             limits=self._config,
             override=self._override,
-            successes=self._successes,
             counted_under=self._cut,
-            refused=self._refused,
-            pause_us=self._pause_us,
-            returned=self._returned_text(),
             leave=not self._wanted(),
             flows=crew.flows if crew else (),
-            entries=self._take_news(),
         )
-        self._successes = self._refused = self._pause_us = 0
-        return call
-
-    def _returned_text(self) -> str:
-        text = " ".join(f"{stamp} {count}" for stamp, count in self._returned.items())
-        text = f"late {text}" if self._late and text else text
-        self._returned.clear()
-        self._late = False
-        return text
-
-    def _take_news(self) -> list[Entry]:
-        entries: list[Entry] = []
-        size = 0
-        while self._news and len(entries) < MOST and size < MOST_BYTES:
-            entry = self._news.popleft()
-            size += len(entry.arg) if isinstance(entry.arg, bytes) else 8
-            entries.append(entry)
+        self._news.put_into(call)
         if self._news:
-            self._dirty = True
-        return entries
+            self.kick()
+        return call
 
     async def _ask(self, call: Call) -> tuple[Any, float]:
         """Send the call until it is answered; the gate answers a repeated number as the first time."""
@@ -325,7 +261,7 @@ class Pump:
         self.answer = answer
         if answer.status not in (OK, UNKNOWN):
             log.error("pump.stale limit=%s seq=%d", self.name, call.seq)
-            self._news.extendleft(reversed(call.entries))
+            self._news.add_first(call.entries)
             self.kick()
             return
         self._birth, self._started, self._cut = answer.birth, answer.started, answer.cut
@@ -334,10 +270,10 @@ class Pump:
         self.spoke_at = monotonic()
         self.lease_until = sent + answer.lease_s - self.margin_s
         # an answer given to the first sending of a repeated call counts from then
-        self._due = (self.spoke_at if sent - first_sent < 0.05 else first_sent) + answer.wait_s
+        self._alarm.due = (self.spoke_at if sent - first_sent < 0.05 else first_sent) + answer.wait_s
         self._hear_refused(call, answer.refused)
         if answer.status == UNKNOWN:
-            self._news.extendleft(reversed([*self._claims.values()]))
+            self._news.add_first(self._claims.values())
             self.kick()
         if answer.stamp:
             self._remember_until = monotonic() + (self.limits.window_s if self.limits else 60.0)
@@ -364,7 +300,7 @@ class Pump:
             log.info("claim.lost limit=%s job=%s", self.name, job)
             if job in kept and self._claims.pop(job, None) is not None:
                 self.held -= 1
-                self._dirty = True
+                self.kick()
                 if self._crew:
                     self._crew.lost(job)
 
@@ -390,14 +326,10 @@ class Pump:
             self._claims[job.id] = Entry(job.id, job.attempt, 1, "keep")
         self._crew.take(answer.jobs, start_by, answer.stamp)
 
-    def _give_back_start(self, stamp: int) -> None:
-        if stamp:
-            self._returned[stamp] = self._returned.get(stamp, 0) + 1
-
     def late(self, permit: Permit) -> None:
         """The permit's block cannot start in time: slot and start go back, and the slack grows."""
-        self._late = True
-        self.return_unused(permit)
+        self._news.return_start(permit.stamp, late=True)
+        self.release(permit)
 
     # --- the lease ---------------------------------------------------------------------------------
 

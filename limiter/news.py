@@ -1,0 +1,62 @@
+"""What happened in a process since its last call to the gate."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from limiter.sync import MOST, Call, Entry
+
+MOST_BYTES = 256 * 1024
+"""Outcomes of one call, bytes."""
+
+
+class News:
+    """Gathers entries, returned starts, successes and refusals; `put_into` moves them into a call."""
+
+    def __init__(self) -> None:
+        self.entries: deque[Entry] = deque()
+        self._returned: dict[int, int] = {}
+        self._late = False
+        self._successes = self._refused = self._pause_us = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.entries or self._returned)
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        self.entries.extend(entries)
+
+    def add_first(self, entries: Iterable[Entry]) -> None:
+        """Entries that must be heard before all others."""
+        self.entries.extendleft(reversed([*entries]))
+
+    def return_start(self, stamp: int, *, late: bool) -> None:
+        """A start was not used: its place in the window comes back. `late`: the call took too long."""
+        self._late = self._late or late
+        if stamp:
+            self._returned[stamp] = self._returned.get(stamp, 0) + 1
+
+    def succeed(self) -> None:
+        self._successes += 1
+
+    def refuse(self, attempt: int, pause_s: float) -> None:
+        self._refused = max(self._refused, attempt)
+        self._pause_us = max(self._pause_us, round(pause_s * 1e6))
+
+    def put_into(self, call: Call) -> None:
+        """Fill the call, up to its bounds; what does not fit stays for the next one."""
+        size = 0
+        while self.entries and len(call.entries) < MOST and size < MOST_BYTES:
+            entry = self.entries.popleft()
+            size += len(entry.arg) if isinstance(entry.arg, bytes) else 8
+            call.entries.append(entry)
+        call.returned = self._returned_text()
+        call.successes, call.refused, call.pause_us = self._successes, self._refused, self._pause_us
+        self._successes = self._refused = self._pause_us = 0
+
+    def _returned_text(self) -> str:
+        text = " ".join(f"{stamp} {count}" for stamp, count in self._returned.items())
+        text = f"late {text}" if self._late and text else text
+        self._returned.clear()
+        self._late = False
+        return text
