@@ -113,10 +113,13 @@ local function lowest_places(count)
   return heap, more
 end
 
+local WIDTH = 7 -- values per job of an answer
+
 local function add_claimed(claimed, id, job, payload)
   local n = #claimed
   claimed[n + 1], claimed[n + 2], claimed[n + 3] = id, whole(job.attempt), job.deaths
-  claimed[n + 4], claimed[n + 5], claimed[n + 6] = job.refused, job.backs, payload
+  claimed[n + 4], claimed[n + 5] = job.refused, job.backs
+  claimed[n + 6], claimed[n + 7] = job.saved and redis.call('HGET', SAVED, id) or '', payload
 end
 
 -- Claim the chosen jobs: attempt, record, parked place, in-progress mark. A job whose payload is gone
@@ -131,7 +134,7 @@ local function claim(chosen)
   batches = {}
   local claimed = {}
   for i, c in ipairs(chosen) do
-    local job = read_job(known[i] or '') or { deaths = 0, refused = 0, backs = 0, place = c.place, flow = c.flow }
+    local job = read_job(known[i] or '') or { deaths = 0, refused = 0, backs = 0, saved = false, place = c.place, flow = c.flow }
     state.attempt = state.attempt + 1
     job.attempt = state.attempt
     if payloads[i] then
@@ -140,6 +143,7 @@ local function claim(chosen)
     else
       record_outcome(c.id, whole(job.attempt), 'lost', '')
       forget(c.id, c.flow)
+      drop_saved(c.id, job)
     end
     state.place = math.max(state.place, c.place)
   end
@@ -179,7 +183,7 @@ local function admit()
   local chosen = {}
   if call.jobs > 0 then chosen, gate.more = lowest_places(count) end
   gate.claimed = claim(chosen)
-  gate.jobs = #gate.claimed / 6
+  gate.jobs = #gate.claimed / WIDTH
   gate.gone = #chosen - gate.jobs
   gate.given = gate.permits + gate.jobs
   gate.stamp = stamp_starts(gate.given)

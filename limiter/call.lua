@@ -5,11 +5,11 @@ local call = {
   seq = tonumber(ARGV[3]), held = tonumber(ARGV[4]), permits = tonumber(ARGV[5]), jobs = tonumber(ARGV[6]),
   birth = tonumber(ARGV[7]), started = tonumber(ARGV[8]), limits = ARGV[9], override = ARGV[10],
   successes = tonumber(ARGV[11]), counted_under = tonumber(ARGV[12]), refused = tonumber(ARGV[13]),
-  pause = tonumber(ARGV[14]), returned = ARGV[15], leave = ARGV[16] == '1', flows = {},
+  pause = tonumber(ARGV[14]), returned = ARGV[15], leave = ARGV[16] == '1', reset = ARGV[17] == '1', flows = {},
 }
-local flow_count = tonumber(ARGV[17])
-for i = 1, flow_count do call.flows[i] = ARGV[17 + i] end
-local FIRST_ENTRY = 18 + flow_count
+local flow_count = tonumber(ARGV[18])
+for i = 1, flow_count do call.flows[i] = ARGV[18 + i] end
+local FIRST_ENTRY = 19 + flow_count
 
 local state, was, record = load(me)
 local now = clock(state)
@@ -40,7 +40,7 @@ local function take_limits()
   local v = {}
   for word in string.gmatch(call.limits, '%S+') do v[#v + 1] = tonumber(word) end
   state.max, state.min, state.initial, state.rate, state.window, state.lease = v[1], v[2], v[3], v[4], v[5], v[6]
-  state.backoff, state.threshold, state.factor = v[7], v[8], v[9]
+  state.backoff, state.threshold, state.factor, state.additive = v[7], v[8], v[9], v[10]
   state.config_from = call.started
   state.reap_at = 0
 end

@@ -5,10 +5,10 @@
 -- KEYS[3]  starts    list    latest moments at which the runs of the window may start, us, oldest first
 -- KEYS[4]  tickets   zset    process that waits for the gate -> ticket
 -- KEYS[5]  later     zset    job id -> due time, us
--- KEYS[6]  jobs      hash    job id -> 'attempt place deaths refused backs flow', from first claim to done
+-- KEYS[6]  jobs      hash    job id -> 'attempt place deaths refused backs saved flow', from first claim to done
 -- KEYS[7]  flows     set     flows whose workers have called
 -- KEYS[8]  override  string  'max rate pause_until' of the operator, '-' = none
--- Beside them, computed: queue:<flow>, idle:<flow>, batch:<b>, done:<b>, out:<b>; all in one slot.
+-- Beside them, computed: queue:<flow>, idle:<flow>, saved, batch:<b>, done:<b>, out:<b>; all in one slot.
 --
 -- ARGV[1]  process  id of the calling pump ('' for a producer)
 -- ARGV[2]  now      us; '' takes Redis' own TIME (tests pass a time)
@@ -18,6 +18,7 @@
 local GATE, LEASES, STARTS, TICKETS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local LATER, JOBS, FLOWS, OVERRIDE = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local ROOT = string.sub(GATE, 1, -5)
+local SAVED = ROOT .. 'saved'
 local PARKED = 4503599627370496 -- 2^52: beyond every place, and what a double still counts exactly
 local WEEK = 604800000 -- ms
 local GRACE = 200000 -- us a woken head may stay silent before it goes to the tail
@@ -49,7 +50,8 @@ local FIELDS = {
   'touched', -- when the lifetimes were last renewed, us
   'flows', -- number of flows served
   'config_from', -- start of the process whose limits are in force, us
-  'max', 'min', 'initial', 'rate', 'window', 'lease', 'backoff', 'threshold', 'factor',
+  'steep', -- below it an additive level grows by one per success (TCP's slow start)
+  'max', 'min', 'initial', 'rate', 'window', 'lease', 'backoff', 'threshold', 'factor', 'additive',
 }
 local TEXTS = { 'woken', 'override' }
 
@@ -151,17 +153,18 @@ local function queue_of(flow) return ROOT .. 'queue:' .. flow end
 local function idle_of(flow) return ROOT .. 'idle:' .. flow end
 
 local function read_job(text)
-  local attempt, place, deaths, refused, backs, flow =
-    string.match(text or '', '^(%d+) (%d+) (%d+) (%d+) (%d+) (.+)$')
+  local attempt, place, deaths, refused, backs, saved, flow =
+    string.match(text or '', '^(%d+) (%d+) (%d+) (%d+) (%d+) (%d) (.+)$')
   if not attempt then return nil end
   return {
     attempt = tonumber(attempt), place = tonumber(place), deaths = tonumber(deaths),
-    refused = tonumber(refused), backs = tonumber(backs), flow = flow,
+    refused = tonumber(refused), backs = tonumber(backs), saved = saved == '1', flow = flow,
   }
 end
 
 local function write_job(job)
-  return string.format('%.0f %.0f %d %d %d %s', job.attempt, job.place, job.deaths, job.refused, job.backs, job.flow)
+  return string.format('%.0f %.0f %d %d %d %d %s', job.attempt, job.place, job.deaths, job.refused, job.backs,
+    job.saved and 1 or 0, job.flow)
 end
 
 local function publish(process, wait_us)

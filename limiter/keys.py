@@ -11,6 +11,7 @@
 | queue:FLOW | zset | job id -> place, or parked (2^52: waits for a time; 2^52 + n: claimed by process n) | until the job is done |
 | later | zset | job id -> due time, us; the job is parked in its queue too | until due |
 | jobs | hash | job id -> record from first claim to done | until the job is done |
+| saved | hash | job id -> checkpoint of its run | until the job is done |
 | override | string | the operator's values | none: the operator clears it |
 | batch:B, done:B, out:B, base:B | hash, bitmap, stream, string | a batch: counts, done bits, outcomes, shared store | deleted by the producer, else 7 days after its last outcome |
 | blob:B:I:A | string | an outcome too large for a call | 7 days |

@@ -64,6 +64,7 @@ class Limits:
         min_concurrent, initial_concurrent: floor and start of the level (default: fixed at max).
         backoff_factor: the level is multiplied by it once per episode of refusals.
         recovery_threshold, recovery_factor: successes before the level grows, and by how much.
+        additive: grow as TCP does instead: one per success at first, then one per level's worth.
         window_s: length of the window, seconds. Flows use 60; tests and benchmarks shorten it.
         lease_s: how long a process keeps its slots without a word, seconds.
 
@@ -79,6 +80,7 @@ class Limits:
     backoff_factor: float = 0.5
     recovery_threshold: int = 10
     recovery_factor: float = 1.2
+    additive: bool = False
     window_s: float = 60.0
     lease_s: float = 15.0
 
@@ -115,7 +117,7 @@ class Limits:
         """The values in the order `gate.lua` reads them; times in microseconds.
 
         >>> Limits("users", 5, 60).as_argument()
-        '5 5 5 60 60000000 15000000 0.5 10 1.2'
+        '5 5 5 60 60000000 15000000 0.5 10 1.2 0'
         """
         return " ".join(
             (
@@ -128,5 +130,6 @@ class Limits:
                 repr(float(self.backoff_factor)),
                 str(self.recovery_threshold),
                 repr(float(self.recovery_factor)),
+                "1" if self.additive else "0",
             )
         )

@@ -73,6 +73,7 @@ class Pump:
         self._seq = self._birth = self._started = self._cut = 0
         self._remember_until = 0.0
         self._override = ""
+        self._reset = False
         self._lease_watch: asyncio.TimerHandle | None = None
         self._contact: list[asyncio.Future[None]] = []
         self.joined = False
@@ -120,6 +121,11 @@ class Pump:
     def adopt(self, limits: Limits) -> None:
         """Bring values for a name that was used without."""
         self.limits, self._config = limits, limits.as_argument()
+        self.kick()
+
+    def reset_level(self) -> None:
+        """Ask for the level to go back to its initial value; nothing in use is forgotten."""
+        self._reset = True
         self.kick()
 
     def employ(self, crew: Crew) -> None:
@@ -225,8 +231,10 @@ class Pump:
             override=self._override,
             counted_under=self._cut,
             leave=not self._wanted(),
+            reset=self._reset,
             flows=crew.flows if crew else (),
         )
+        self._reset = False
         self._news.put_into(call)
         if self._news:
             self.kick()

@@ -62,6 +62,10 @@ local function forget(id, flow)
   list.gone[#list.gone + 1] = id
 end
 
+local function drop_saved(id, job)
+  if job.saved then redis.call('HDEL', SAVED, id) end
+end
+
 local function note(id, job)
   local records, n = changed.records, #changed.records
   records[n + 1], records[n + 2] = id, write_job(job)
@@ -81,6 +85,11 @@ local SETTLE = {
     state.due = state.due == 0 and due or math.min(state.due, due)
     give_back(id, job, whole(PARKED))
     delayed[job.flow] = math.min(due, delayed[job.flow] or due)
+  end,
+  save = function(id, job, checkpoint)
+    redis.call('HSET', SAVED, id, checkpoint)
+    job.saved = true
+    note(id, job)
   end,
   back = function(id, job)
     give_back(id, job, whole(job.place))
@@ -106,7 +115,7 @@ local function adopted(id, attempt, what, flow)
   if redis.call('GETBIT', ROOT .. 'done:' .. name, index) == 1 then return nil end
   -- not yet enqueued again by its producer, so nobody has counted it
   if not redis.call('ZSCORE', queue_of(flow), id) then redis.call('HINCRBY', ROOT .. 'batch:' .. name, 'left', 1) end
-  return { attempt = attempt, place = state.place, deaths = 0, refused = 0, backs = 0, flow = flow }
+  return { attempt = attempt, place = state.place, deaths = 0, refused = 0, backs = 0, saved = false, flow = flow }
 end
 
 local function settle_entry(i, job)
@@ -117,6 +126,7 @@ local function settle_entry(i, job)
   if status then
     record_outcome(id, ARGV[i + 1], status, arg)
     forget(id, job.flow)
+    drop_saved(id, job)
   elseif SETTLE[what] then
     SETTLE[what](id, job, arg)
   else
@@ -145,8 +155,10 @@ local function settle_entries()
   chunks(ids, 1000, function(...)
     for _, text in ipairs(redis.call('HMGET', JOBS, ...)) do known[#known + 1] = text end
   end)
+  local jobs = {} -- one record per job, also where several entries name it
   for n, id in ipairs(ids) do
-    if not settle_entry(FIRST_ENTRY + (n - 1) * 5, read_job(known[n] or '')) then
+    jobs[id] = jobs[id] or read_job(known[n] or '')
+    if not settle_entry(FIRST_ENTRY + (n - 1) * 5, jobs[id]) then
       refused[#refused + 1] = id
     end
   end
@@ -155,24 +167,37 @@ local function settle_entries()
   return refused
 end
 
+-- Growth by threshold: after enough successes by a factor, and by one at least, so that 1 comes back.
+-- Additive growth is TCP's: one per success up to where the last cut ended, then one per level's worth.
+local function grow(ceiling)
+  local level, successes = state.level, call.successes
+  if state.additive == 1 then
+    local steep = state.steep > 0 and state.steep or ceiling
+    level = level < steep and math.min(steep, level + successes) or level + successes / level
+  else
+    state.oks = state.oks + successes
+    if state.oks < state.threshold then return end
+    level = math.max(level + 1, level * state.factor)
+    state.oks = 0
+  end
+  state.level = math.min(ceiling, level)
+end
+
 -- One cut per episode: only a run admitted after the last cut can cut again, or, after 30 s in which
 -- none of those ended, any. Growth only while the level is what holds the fleet back.
 local function adapt(in_use_before)
   local ceiling = gate.max
   if call.pause > 0 then state.pause = math.max(state.pause, now + call.pause) end
   local floor = math.min(state.min, ceiling)
+  if call.reset then
+    state.level, state.oks, state.steep = math.max(floor, math.min(state.initial, ceiling)), 0, 0
+  end
   if call.refused > 0 and (call.refused > state.cut or now - state.quiet > 30000000) then
     state.level = math.max(floor, state.level * state.backoff)
-    state.cut, state.oks, state.quiet = state.attempt, 0, now
+    state.cut, state.oks, state.quiet, state.steep = state.attempt, 0, now, state.level
   elseif call.successes > 0 and call.counted_under == state.cut then
     state.quiet = now
-    if in_use_before >= math.floor(state.level) and state.level < ceiling then
-      state.oks = state.oks + call.successes
-      if state.oks >= state.threshold then
-        state.level = math.min(ceiling, math.max(state.level + 1, state.level * state.factor))
-        state.oks = 0
-      end
-    end
+    if in_use_before >= math.floor(state.level) and state.level < ceiling then grow(ceiling) end
   end
 end
 

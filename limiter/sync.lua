@@ -8,7 +8,7 @@
 -- ARGV[6]   jobs       jobs it has room for
 -- ARGV[7]   birth      birth of the gate it remembers, us; 0 = none
 -- ARGV[8]   started    when this process first called, us; 0 = this is its first call
--- ARGV[9]   limits     'max min initial rate window lease backoff threshold factor', times in us;
+-- ARGV[9]   limits     'max min initial rate window lease backoff threshold factor additive', times in us;
 --                      rate 0 = none; '' = keep what the gate has
 -- ARGV[10]  override   the operator's values it remembers
 -- ARGV[11]  successes  since its last call, of runs admitted under ARGV[12], the cut it knows
@@ -17,13 +17,15 @@
 -- ARGV[15]  returned   'stamp count stamp count': grants that were not used; 'late' in front if the call
 --                      took longer than the slack
 -- ARGV[16]  leave      1 = this process goes; it holds nothing any more
--- ARGV[17]  flows      how many names of flows follow; then per entry: id, attempt, flow's number, what, arg
+-- ARGV[17]  reset      1 = the level goes back to its initial value; no start and no slot is forgotten
+-- ARGV[18]  flows      how many names of flows follow; then per entry: id, attempt, flow's number, what, arg
 --                      what = completed|failed|aborted|quarantined|lost (arg = outcome; with 'blob:' in
 --                      front it stands under blob:<b>:<i>:<attempt>) | result:<ms> (arg = arq's record)
+--                      | save (arg = checkpoint of a run that goes on, or is refused or handed back next)
 --                      | refuse (arg = delay us) | back (granted, never started) | hand (handed back)
 --                      | keep (still running; sent after status 1)
 --
--- Returns {header, override, ids refused, then per job: id, attempt, deaths, refused, backs, payload}
+-- Returns {header, override, ids refused, then per job: id, attempt, deaths, refused, backs, saved, payload}
 --   header 'status permits wait now birth started cut level in_use used stamp slack lease reason attempt'
 --   status 0 = ok, 1 = you were unknown: nothing admitted, send your claims again with 'keep'
 --   reason '-' | level | window | pause | cold | turn | jobs     why less than wanted was given

@@ -20,7 +20,7 @@ class Entry:
     """One claimed job's news: how it ended, or that it goes back, or that it still runs.
 
     `what`: a status of an ended run (`arg` = encoded outcome), `blob:<status>`, `result:<ms>`,
-    `refuse` (`arg` = delay in us), `back`, `hand` or `keep`, as in `sync.lua`.
+    `save` (`arg` = checkpoint), `refuse` (`arg` = delay in us), `back`, `hand` or `keep`, as in `sync.lua`.
     """
 
     job: str
@@ -39,6 +39,7 @@ class Claimed:
     deaths: int
     refusals: int
     hand_backs: int
+    saved: bytes
     payload: bytes
 
 
@@ -61,6 +62,7 @@ class Call:
     pause_us: int = 0
     returned: str = ""
     leave: bool = False
+    reset: bool = False
     flows: Sequence[str] = ()
     entries: list[Entry] = field(default_factory=list)
 
@@ -83,6 +85,7 @@ class Call:
             self.pause_us,
             self.returned,
             1 if self.leave else 0,
+            1 if self.reset else 0,
             len(self.flows),
             *self.flows,
         ]
@@ -128,8 +131,9 @@ def read_answer(reply: Sequence[Any]) -> Answer:
             int(reply[i + 3]),
             int(reply[i + 4]),
             reply[i + 5],
+            reply[i + 6],
         )
-        for i in range(3, len(reply), 6)
+        for i in range(3, len(reply), 7)
     ]
     return Answer(
         status=int(head[0]),

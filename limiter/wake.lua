@@ -152,7 +152,7 @@ local function reply()
     record.seq = call.seq
     state.active = state.active + is_active(record)
     local ids = {}
-    for i = 1, #gate.claimed, 6 do ids[#ids + 1] = gate.claimed[i] end
+    for i = 1, #gate.claimed, WIDTH do ids[#ids + 1] = gate.claimed[i] end
     local stored = head .. '\n' .. refused .. '\n' .. table.concat(ids, ' ')
     save(state, was, { 'p:' .. me, write_record(record), 'a:' .. me, stored })
   end

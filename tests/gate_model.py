@@ -409,7 +409,7 @@ class Ledger:
     def _adapt(self, call: Call, in_use: int, now: int) -> None:
         if call.pause_us:
             self.pause = max(self.pause, now + call.pause_us)
-        top, bottom, _, _, _, _, backoff, threshold, factor = self.limits
+        top, bottom, _, _, _, _, backoff, threshold, factor, _ = self.limits
         if call.refused and (call.refused > self.cut or now - self.quiet > 30_000_000):
             self.level = max(min(bottom, top), self.level * backoff)
             self.cut, self.oks, self.quiet = self.attempt, 0, now
@@ -535,7 +535,7 @@ class Ledger:
         assert {name.decode(): int(there_at) for name, there_at in later} == due
         jobs: Any = client.hgetall(keys.jobs)
         records = {
-            i.id: f"{i.attempt} {i.place} {i.deaths} {i.refusals} {i.hand_backs} {i.flow}"
+            i.id: f"{i.attempt} {i.place} {i.deaths} {i.refusals} {i.hand_backs} 0 {i.flow}"
             for i in self.items.values()
             if i.recorded
         }
