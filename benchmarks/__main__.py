@@ -28,12 +28,14 @@ def main() -> None:
         bench = Bench(url, Path(home), quick=asked.quick)
         about = _about(kind, bench)
         console.print(about, highlight=False, markup=False)
-        results = [_measured(bench, name) for name in asked.names or NAMES]
+        results = [_measured(bench, name, console) for name in asked.names or NAMES]
     show(results, console)
     if asked.markdown:
         Path(asked.markdown).write_text(markdown(results, about))
     for path in draw(results, asked.plots):
         console.print(f"drawn: {path}", highlight=False)
+    if any(result.failed for result in results):
+        raise SystemExit(1)
 
 
 def _arguments() -> argparse.Namespace:
@@ -51,9 +53,16 @@ def _arguments() -> argparse.Namespace:
     return asked
 
 
-def _measured(bench: Bench, name: str) -> Result:
+def _measured(bench: Bench, name: str, console: Console) -> Result:
+    """One measurement; one that breaks is told of and does not cost the others."""
     began = time.monotonic()
-    result: Result = import_module(f"benchmarks.{name}").measure(bench)
+    try:
+        result: Result = import_module(f"benchmarks.{name}").measure(bench)
+    except Exception as error:
+        console.print_exception()
+        return Result(
+            name, failed=True, notes=[f"{name} could not be measured: {type(error).__name__}: {error}"]
+        )
     bench.say(f"{name} took {time.monotonic() - began:.0f} s")
     return result
 

@@ -71,6 +71,9 @@ def main(peer: str, what: str, *numbers: str) -> None:
     else:
         slots, tasks, rounds = map(int, numbers[:3])
         print(json.dumps(asyncio.run(hold(peer, slots, tasks, rounds, float(numbers[3])))))
+    if peer != "ours":
+        sys.stdout.flush()
+        os._exit(0)  # self-limiters' threads may crash an interpreter that is shutting down
 
 
 if __name__ == "__main__":

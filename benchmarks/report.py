@@ -128,6 +128,7 @@ class Result:
     rows: list[Row] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    failed: bool = False
 
 
 def show(results: Iterable[Result], console: Console) -> None:

@@ -93,17 +93,23 @@ class Counts:
         return {name: count for name, count in counts.items() if count > 0}
 
 
-def rtt_s(url: str, calls: int = 2000) -> float:
-    """RTT: median of a trivial EVALSHA from Python's asyncio client, one call at a time."""
-    return asyncio.run(_rtt_s(url, calls))
+def rtt_s(url: str, calls: int = 2000, pause_s: float = 0.0) -> float:
+    """RTT: median of a trivial EVALSHA from Python's asyncio client, one call at a time.
+
+    With a pause before each call it is what a process sees that mostly waits: its cores and the
+    server's have gone to sleep meanwhile.
+    """
+    return asyncio.run(_rtt_s(url, calls, pause_s))
 
 
-async def _rtt_s(url: str, calls: int) -> float:
+async def _rtt_s(url: str, calls: int, pause_s: float) -> float:
     client = open_client(url)
     try:
         sha = await client.script_load(TRIVIAL)
         taken = []
         for _ in range(calls):
+            if pause_s:
+                await asyncio.sleep(pause_s)
             began = perf_counter()
             await client.evalsha(sha, 0)  # type: ignore[misc]
             taken.append(perf_counter() - began)

@@ -133,11 +133,6 @@ class Pump:
         self._crew = crew
         self.kick()
 
-    def dismiss(self) -> None:
-        """Claim no more jobs."""
-        self._crew = None
-        self.kick()
-
     def of_flow(self, job: str, number: int) -> None:
         """Say which of the crew's flows (from 1) a claimed job belongs to."""
         self._claims[job].flow = number
@@ -198,7 +193,11 @@ class Pump:
     async def _exchange(self) -> None:
         call = self._compose()
         first_sent = monotonic()
-        reply, sent = await self._ask(call)
+        try:
+            reply, sent = await self._ask(call)
+        except _NoValues:
+            self._forget(call)
+            return
         try:
             self._apply(call, read_answer(reply), first_sent, sent)
         except Exception:
@@ -251,12 +250,20 @@ class Pump:
                 return reply, sent
             except (RedisError, OSError) as error:
                 if isinstance(error, ResponseError) and str(error).startswith("NOLIMITS"):
-                    self._fail_waiters(error)
+                    raise _NoValues from None
                 self._process.trouble(error)
             await asyncio.sleep(pause_s)
             pause_s = min(1.0, pause_s * 2)
 
-    def _fail_waiters(self, error: Exception) -> None:
+    def _forget(self, call: Call) -> None:
+        """The gate has no values and noted nothing: fail who waits, unless values were brought meanwhile."""
+        self._news.add_first(call.entries)
+        if self._config == call.limits:
+            self._fail_waiters()
+        else:
+            self.kick()
+
+    def _fail_waiters(self) -> None:
         sentence = f"limit '{self.name}' has no values yet: give max_concurrent= where it is first used"
         while self._waiters:
             waiter = self._waiters.popleft()
@@ -373,3 +380,7 @@ class Pump:
                 await self._script(keys=self._keys, args=call.argv())
         except (RedisError, OSError, TimeoutError) as error:
             log.warning("pump.left_unheard limit=%s error=%s", self.name, type(error).__name__)
+
+
+class _NoValues(Exception):
+    """The limit is used for the first time, by a name without numbers."""

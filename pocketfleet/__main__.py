@@ -2,31 +2,67 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import typer
 
+NAME = "pocketfleet"
+
 
 def main() -> None:
     """Run the command line; whatever a user got wrong ends in one sentence and an exit code."""
+    from pocketfleet import _refuse_shadows
+
     try:
-        from pocketfleet import LimiterError, ProducerError, RedisRefused, WorkerError
+        _refuse_shadows(os.getcwd())
     except ImportError as error:
-        if "PocketFleet's own" not in str(error):
-            raise
-        _end(error, 2)
+        _end(str(error), 2)
     try:
-        _app()()
-    except RedisRefused as error:
-        _end(error, 3)
-    except (LimiterError, ProducerError, WorkerError) as error:
-        _end(error, getattr(error, "exit_code", 2))
+        code = _app()(prog_name=NAME, standalone_mode=False)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        _explain(error)
+    raise SystemExit(code or 0)
 
 
-def _end(error: Exception, code: int) -> None:
-    print(f"pocketfleet: {error}", file=sys.stderr)
+def _explain(error: Exception) -> NoReturn:
+    """End with the sentence of an error that is meant for people; let any other one through."""
+    from redis.exceptions import RedisError
+
+    from limiter.errors import LimiterError, RedisRefused
+    from producer.errors import ProducerError
+    from worker.errors import WorkerError
+
+    if isinstance(error, RedisRefused):
+        _end(str(error), 3)
+    if isinstance(error, (LimiterError, ProducerError, WorkerError)):
+        _end(str(error), getattr(error, "exit_code", 2))
+    if isinstance(error, RedisError):
+        # redis-py puts the whole command, data included, in front of what the server said
+        said = str(error).rpartition("caused error: ")[2]
+        _end(f"Redis stopped serving us ({type(error).__name__}: {said:.200})", 3)
+    if hasattr(error, "format_message"):
+        _explain_usage(error)
+    raise error
+
+
+def _explain_usage(error: Exception) -> NoReturn:
+    """What typer has to say about the words of the command line."""
+    context = getattr(error, "ctx", None)
+    sentence = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()  # type: ignore[attr-defined]
+        raise SystemExit(2)
+    command = context.command_path if context else NAME
+    _end(f"{sentence.rstrip('.')} (see {command} --help)", getattr(error, "exit_code", 2))
+
+
+def _end(sentence: str, code: int) -> NoReturn:
+    print(f"{NAME}: {sentence}", file=sys.stderr)
     raise SystemExit(code)
 
 

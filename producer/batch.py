@@ -137,9 +137,15 @@ def _continued(spool: Spool, encoded: list[bytes], served: ServedFlow) -> Spool:
         )
     compared = spool.compare(encoded)
     if compared.verdict == "differs":
+        shorter = compared.index == len(encoded)
+        differs = (
+            f"{spool.count} items, and these are only {len(encoded)}"
+            if shorter
+            else f"other params: item {compared.index} differs"
+        )
         raise SpoolError(
-            f"batch '{spool.batch}' was enqueued with other params: item {compared.index} differs; "
-            "use another --batch for other input. Nothing was enqueued.",
+            f"batch '{spool.batch}' was enqueued with {differs}; use another --batch for other input. "
+            "Nothing was enqueued.",
             batch=spool.batch,
         )
     if compared.verdict == "appended":
@@ -154,7 +160,9 @@ async def announce(client: Redis, spool: Spool) -> None:
     facts |= {f"digest:{number}": value for number, value in enumerate(spool.digests)}
     base = spool.base()
     async with client.pipeline(transaction=False) as pipe:
-        pipe.hset(BATCHES, spool.batch, msgspec.json.encode({"limit": spool.limit, "flow": spool.flow}).decode())
+        pipe.hset(
+            BATCHES, spool.batch, msgspec.json.encode({"limit": spool.limit, "flow": spool.flow}).decode()
+        )
         pipe.hset(keys.batch(spool.batch), mapping=facts)
         if base:
             pipe.set(keys.base(spool.batch), base)
@@ -216,7 +224,13 @@ def _frame(flow: str) -> tuple[bytes, bytes]:
     [{'a': 1}]
     """
     mark = b"PARAMS-STAND-HERE"
-    record: dict[str, Any] = {"t": None, "f": flow, "a": (msgspec.Raw(mark),), "k": {}, "et": round(time.time() * 1000)}
+    record: dict[str, Any] = {
+        "t": None,
+        "f": flow,
+        "a": (msgspec.Raw(mark),),
+        "k": {},
+        "et": round(time.time() * 1000),
+    }
     head, _, tail = codec.encode(record).partition(mark)
     return head, tail
 

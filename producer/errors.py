@@ -31,3 +31,19 @@ class SpoolError(ProducerError):
     def __init__(self, sentence: str, *, batch: str = "") -> None:
         super().__init__(sentence)
         self.batch = batch
+
+
+class WorkersError(ProducerError):
+    """The workers of a run cannot go on. `exit_code` is the worker's own, or 1."""
+
+    def __init__(self, sentence: str, exit_code: int = 1) -> None:
+        super().__init__(sentence)
+        self.exit_code = exit_code
+
+
+class UsersFault(ProducerError):
+    """The flow's own `prep_async` or `post_async` raised, told on the command line."""
+
+    def __init__(self, sentence: str, exit_code: int) -> None:
+        super().__init__(sentence)
+        self.exit_code = exit_code

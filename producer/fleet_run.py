@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
+import sys
 import time
-from collections.abc import AsyncIterator, Iterable
+import traceback
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from limiter.client import checked_connection, open_client, open_retrying_client
 from limiter.connect import Place, find_redis
+from limiter.errors import LimiterError
 from limiter.process import open_process
 from limiter.settings import load
 from producer.batch import as_async, encoded_base, enqueue, new_batch_id, write_spool
-from producer.errors import ProducerError
-from producer.flows import FlowFailed, ThrottledAsyncParallelBatchFlow
+from producer.debugger import one_prompt
+from producer.errors import ProducerError, WorkersError
+from producer.flows import FlowFailed, ThrottledAsyncParallelBatchFlow, found_name
 from producer.follow import Ended, outcomes
 from producer.lines import LineFile
 from producer.local_workers import LocalWorkers, checked_workers
@@ -28,9 +32,20 @@ from producer.settings import ProducerSettings
 from producer.spool import BatchLock, Spool
 from worker import codec
 from worker.contract import COMPLETED, checked_batch
+from worker.errors import WorkerError
 from worker.fleet_worker import FleetWorker
 from worker.presence import living_workers
-from worker.registry import ServedFlow, checked_flow, named
+from worker.registry import ServedFlow, checked_flow, named, refuse_while_importing, said
+
+SHOWN_FAILURES = 10
+
+
+class Hands(Protocol):
+    """Whoever runs the jobs for this run."""
+
+    @property
+    def failed(self) -> WorkersError | None:
+        """Why it cannot go on, once it cannot."""
 
 
 class ConflictError(ProducerError):
@@ -50,8 +65,11 @@ class FleetRun:
         target: where workers find the flow; default: the name it is found under.
         params: param dicts instead of those of `prep_async`.
         first: take only that many items.
-        follow: False ends after the enqueue.
         live: show progress.
+
+    Attributes:
+        users_part: `prep_async` or `post_async` once that raised, else ''.
+        spool: the batch's, once it is written.
     """
 
     def __init__(
@@ -68,12 +86,21 @@ class FleetRun:
         first: int | None = None,
         live: bool = True,
     ) -> None:
+        refuse_while_importing("run_on_fleet")
         self.settings = load(ProducerSettings)
         checked_flow(flow, target or "this flow")
+        target = target or found_name(flow)
         name = flow.fleet_name(target)
         self.served: ServedFlow = named(flow, target or name, self.settings.lease_s)
         self.batch = checked_batch(batch) if batch is not None else new_batch_id(name)
         self.workers = checked_workers(workers)
+        if self.workers and target is None:
+            raise ProducerError(
+                f"workers={workers} cannot start: flow '{name}' stands in no module under a name of its own, so they "
+                "could not find it; make it an attribute of a module, such as flow in users.py"
+            )
+        self.logs = self.settings.data_dir / "logs" / self.batch
+        self.users_part = ""
         self.completed = self.failed = 0
         self.output = Path(output) if output else None
         self.spool: Spool | None = None
@@ -86,26 +113,32 @@ class FleetRun:
         self._params_from = params_from
         self._first = first
         self._live = live
-        self._results: list[Any] = []
+        self.results: list[Any] = []
 
     async def go(self) -> Any:
         """Enqueue, follow, merge; returns what the flow's `post_async` returns."""
-        prepared, items, where = await self._items()
-        with BatchLock(self.settings.data_dir, self.batch):
-            self.spool = await self._write_spool(items, where)
-            async with self._redis(start=True) as (client, place):
-                await self._run(client, place, self.spool)
-        return await self._flow.post_async(self._shared, prepared, self._results)
+        async with self._redis(start=True) as (client, place):
+            prepared, items, where = await self._items()
+            with BatchLock(self.settings.data_dir, self.batch):
+                self.spool = await self._write_spool(items, where)
+                if self.spool.count:
+                    await self._run(client, place, self.spool)
+        with self._users("post_async"):
+            return await self._flow.post_async(self._shared, prepared, self.results)
 
     async def enqueue_only(self) -> Spool:
         """Put the batch into the queue and leave it to the workers."""
-        _, items, where = await self._items()
         async with self._redis(start=False) as (client, _):
+            _, items, where = await self._items()
             with BatchLock(self.settings.data_dir, self.batch):
                 self.spool = await self._write_spool(items, where)
+                await self._warn_if_unserved(client, lambda text: print(text, file=sys.stderr, flush=True))
                 self.added, self.done_before = await enqueue(client, self.spool)
-            self.serving = await self._serving(client)
         return self.spool
+
+    def knows(self, key: str) -> bool:
+        """Whether the caller's store has that key."""
+        return isinstance(self._shared, dict) and key in self._shared
 
     # --- before ------------------------------------------------------------------------------------
 
@@ -113,14 +146,28 @@ class FleetRun:
         """What `prep_async` returned if it is a list, the items, and where they come from."""
         if self._params is not None:
             return None, as_async(self._params, self._params_from), self._params_from
-        prepared = self._flow.prep_async(self._shared)
-        if hasattr(prepared, "__await__"):
-            prepared = await prepared
-        return (
-            (prepared if isinstance(prepared, list) else None),
-            as_async(prepared, "prep_async"),
-            "prep_async",
-        )
+        with self._users("prep_async"):
+            prepared: Any = self._flow.prep_async(self._shared)
+            if hasattr(prepared, "__await__"):
+                prepared = await prepared
+        items = self._from_user(as_async(prepared, "prep_async"))
+        return (prepared if isinstance(prepared, list) else None), items, "prep_async"
+
+    async def _from_user(self, items: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        with self._users("prep_async"):
+            async for each in items:
+                yield each
+
+    @contextlib.contextmanager
+    def _users(self, part: str) -> Iterator[None]:
+        """Remember that it was the flow's own code that raised; what it raised goes on unchanged."""
+        try:
+            yield
+        except (LimiterError, ProducerError, WorkerError, RedisError):
+            raise
+        except Exception:
+            self.users_part = part
+            raise
 
     async def _write_spool(self, items: AsyncIterator[Any], where: str) -> Spool:
         return await write_spool(
@@ -145,43 +192,57 @@ class FleetRun:
             await client.aclose()
             await asyncio.to_thread(place.close)
 
-    async def _serving(self, client: Redis) -> int:
-        return sum(self.served.name in info.flows for info in await living_workers(client))
+    async def _warn_if_unserved(self, client: Redis, say: Callable[[str], None]) -> None:
+        """Say at once when no worker would take the jobs."""
+        if not any(self.served.name in info.flows for info in await living_workers(client)):
+            name, target = self.served.name, self.served.target
+            say(f"no worker serves {name}; start one: pocketfleet worker {target}")
 
     # --- during ------------------------------------------------------------------------------------
 
     async def _run(self, client: Redis, place: Place, spool: Spool) -> None:
-        progress = Progress(self.served.name, self.served.limits.name, spool.count, shown=self._live)
+        lines = LineFile(self.output) if self.output else None
+        progress = Progress(
+            self.served.name,
+            self.served.limits.name,
+            spool.count,
+            shown=self._live,
+            live=self.workers != 0,
+            workers=self.workers or 0,
+        )
         began = time.monotonic()
-        async with self._hands(client, place, progress) as hands:
-            progress.start(client)
-            try:
-                self.added, self.done_before = await enqueue(
-                    client, spool, lambda sent: setattr(progress, "sent", sent)
-                )
-                if self.workers is None and not await self._serving(client):
-                    progress.say(
-                        f"no worker serves {self.served.name}; start one: pocketfleet worker {self.served.target}"
-                    )
-                await self._follow(place, spool, progress, hands)
-            finally:
-                self.seconds = time.monotonic() - began
-                await progress.stop()
+        try:
+            async with self._hands(place, progress) as hands:
+                progress.start(client)
+                try:
+                    if self.workers is None:
+                        await self._warn_if_unserved(client, progress.say)
+                    self.added, self.done_before = await enqueue(client, spool, progress.enqueued)
+                    await self._follow(place, spool, progress, lines, hands)
+                finally:
+                    self.seconds = time.monotonic() - began
+                    await progress.stop()
+        finally:
+            if lines:
+                lines.close()
 
     @contextlib.asynccontextmanager
-    async def _hands(
-        self, client: Redis, place: Place, progress: Progress
-    ) -> AsyncIterator[LocalWorkers | None]:
+    async def _hands(self, place: Place, progress: Progress) -> AsyncIterator[Hands | None]:
         """Whoever runs the jobs: workers that are there, this process, or processes of our own."""
         if self.workers is None:
             yield None
         elif self.workers == 0:
-            async with self._worker_here(place):
-                yield None
+            async with self._worker_here(place) as here:
+                yield here
         else:
-            logs = self.settings.data_dir / "logs" / self.batch
             workers = LocalWorkers(
-                self.served.target, self.workers, place.url, self.settings.data_dir, logs, progress.say
+                self.served.target,
+                self.workers,
+                place.url,
+                self.settings.data_dir,
+                self.logs,
+                progress.say,
+                self.batch,
             )
             await workers.start()
             drain_s = 0.0
@@ -192,7 +253,7 @@ class FleetRun:
                 await workers.stop(drain_s)
 
     @contextlib.asynccontextmanager
-    async def _worker_here(self, place: Place) -> AsyncIterator[None]:
+    async def _worker_here(self, place: Place) -> AsyncIterator[Hands]:
         """A worker in this process: full tracebacks, breakpoints work."""
         process = await open_process(place.url, lease_s=self.settings.lease_s, stall_limit_s=86_400.0)
         worker = FleetWorker(
@@ -205,7 +266,8 @@ class FleetRun:
         running = asyncio.create_task(worker.run())
         finished = False
         try:
-            yield
+            with one_prompt():
+                yield _Here(running)
             finished = True
         finally:
             worker.stop(at_once=not finished)
@@ -213,34 +275,30 @@ class FleetRun:
             await asyncio.shield(process.close())
 
     async def _follow(
-        self, place: Place, spool: Spool, progress: Progress, hands: LocalWorkers | None
+        self, place: Place, spool: Spool, progress: Progress, lines: LineFile | None, hands: Hands | None
     ) -> None:
         base_bytes = spool.base()
         base = codec.decode(base_bytes) if base_bytes else {}
         store = self._shared if isinstance(self._shared, dict) else {}
         merger = Merger(store, base, self._flow.merge)
-        lines = LineFile(self.output) if self.output else None
-        self._results = [None] * spool.count
+        self.results = [None] * spool.count
         seen = bytearray(spool.count)
         left = spool.count
         reader = open_client(place.url)
         try:
-            if left:
-                async for ended in outcomes(reader, self.served.limits.name, self.batch):
-                    for each in ended:
-                        if each.index < spool.count and not seen[each.index]:
-                            seen[each.index] = 1
-                            left -= 1
-                            self._take(each, spool, merger, lines, progress)
-                    if lines:
-                        lines.flush()
-                    if not left:
-                        break
-                    if hands is not None and hands.failed:
-                        raise ProducerError(hands.failed)
+            async for ended in outcomes(reader, self.served.limits.name, self.batch):
+                for each in ended:
+                    if each.index < spool.count and not seen[each.index]:
+                        seen[each.index] = 1
+                        left -= 1
+                        self._take(each, spool, merger, lines, progress)
+                if lines:
+                    lines.flush()
+                if not left:
+                    break
+                if hands is not None and hands.failed:
+                    raise hands.failed
         finally:
-            if lines:
-                lines.close()
             await reader.aclose()
         merger.finish()
 
@@ -252,9 +310,11 @@ class FleetRun:
         progress.count(completed)
         self.completed, self.failed = progress.completed, progress.failed
         if completed:
-            self._results[ended.index] = outcome.action
+            self.results[ended.index] = outcome.action
         else:
-            self._results[ended.index] = FlowFailed(ended.index, outcome.status, outcome.failure)
+            failed = FlowFailed(ended.index, outcome.status, outcome.failure)
+            self.results[ended.index] = failed
+            self._show(failed, progress)
         if not spool.received(ended.index):
             spool.mark_received(ended.index)
         if lines:
@@ -266,6 +326,29 @@ class FleetRun:
                 raise ConflictError(conflict)
             progress.say(f"conflict: {conflict}")
 
+    def _show(self, failed: FlowFailed, progress: Progress) -> None:
+        """The first failures, as they come; the rest is in the output file."""
+        if not self._live or self.failed > SHOWN_FAILURES:
+            return
+        progress.say(str(failed).replace(f"item {failed.index}", f"[item {failed.index}]", 1))
+        if self.failed == SHOWN_FAILURES:
+            progress.say(
+                "further failures are not shown here" + (f": see {self.output}" if self.output else "")
+            )
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+class _Here:
+    """The worker in this process, as seen by the run that follows it."""
+
+    def __init__(self, running: asyncio.Task[None]) -> None:
+        self._running = running
+
+    @property
+    def failed(self) -> WorkersError | None:
+        if not self._running.done():
+            return None
+        error = None if self._running.cancelled() else self._running.exception()
+        if error is None:
+            return WorkersError("the worker in this process ended before the batch did")
+        traceback.print_exception(error)
+        return WorkersError(f"the worker in this process ended: {said(error)}", 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import re
 import sys
@@ -14,10 +13,11 @@ from pocketflow import AsyncParallelBatchFlow
 
 from limiter.errors import LimitsError
 from limiter.limits import Limits, checked_count, checked_name
-from limiter.permit import acquire
 from limiter.process import current_process
+from limiter.pump import Pump
 from producer.errors import ProducerError
 from worker.contract import FOUND_NAME, limit_of
+from worker.registry import refuse_while_importing
 
 
 class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[type-arg]
@@ -32,6 +32,9 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
         merge: `merge(key, mine, theirs)` joins an entry that several runs changed differently.
         conflicts: "last" (the last item in input order wins, default) or "fail" (stop the batch).
         keep_result_s: seconds arq's own result of each job is kept (0: not).
+        refusal_patience_s: seconds for which a run may go on being refused before it fails (3600).
+        retry_refused: with `run_async`, a run that the API refused waits and starts over instead of
+            ending with that refusal as its result (on the fleet it always goes back and resumes).
         inline_sync_nodes: run sync nodes on the event loop instead of in a thread of the run.
 
     `await flow.run_async(shared)` runs the flows in this process; `await flow.run_on_fleet(shared)`
@@ -49,10 +52,12 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
     merge: Callable[[Any, Any, Any], Any] | None = None
     conflicts: str = "last"
     keep_result_s: float = 0
+    refusal_patience_s: float = 3600
     inline_sync_nodes: bool = False
+    retry_refused: bool = False
     window_s: float = 60.0
 
-    _keywords = (
+    _keywords: tuple[str, ...] = (
         "max_concurrent_flows",
         "max_flows_per_minute",
         "name",
@@ -61,7 +66,9 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
         "merge",
         "conflicts",
         "keep_result_s",
+        "refusal_patience_s",
         "inline_sync_nodes",
+        "retry_refused",
         "window_s",
     )
 
@@ -75,7 +82,9 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
             if value is not None:
                 setattr(self, key, value)
         self._check()
-        self._completed = self._failed = 0
+        self._completed = self._failed = self._rate_limits = self._successes = 0
+        self._level: int | None = None
+        self._reset_asked = False
 
     def _check(self) -> None:
         checked_count(self.max_concurrent_flows, "max_concurrent_flows")
@@ -83,7 +92,7 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
         for key in ("name", "limit"):
             value = getattr(self, key)
             if value is not None:
-                checked_name(value, key)
+                checked_name(value, "flow" if key == "name" else key)
         if self.conflicts not in ("last", "fail"):
             raise LimitsError(
                 f"conflicts={self.conflicts!r} cannot hold: use 'last' or 'fail'",
@@ -146,27 +155,40 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
 
     async def _run_async(self, shared: Any) -> Any:
         """PocketFlow's `run_async`: every run in this process, under the fleet-wide limit."""
+        from producer.local_run import LocalRun
+
+        refuse_while_importing("run_async")
         prepared = list(await self.prep_async(shared) or [])
         process = await current_process()
         pump = process.pump(self.fleet_limits(self._own_name(), process.lease_s))
-        self._completed = self._failed = 0
-
-        async def run(params: dict[str, Any]) -> Any:
-            permit = await acquire(pump)
-            try:
-                result = await self._orch_async(shared, {**self.params, **params})
-            except Exception:
-                self._failed += 1
-                raise
-            else:
-                self._completed += 1
-                pump.succeed(permit.attempt)
-                return result
-            finally:
-                permit.release()
-
-        results = await asyncio.gather(*(run(params) for params in prepared), return_exceptions=True)
+        if self._reset_asked:
+            self._reset_asked = False
+            pump.reset_level()
+        run = LocalRun(self, pump, shared)
+        try:
+            results = await run.go(prepared)
+        finally:
+            self._completed, self._failed = run.completed, run.failed
+            self._rate_limits += run.refused
+            self._successes = run.successes if run.refused else self._successes + run.successes
+            self._heard(pump)
         return await self.post_async(shared, prepared, results)
+
+    def _heard(self, pump: Pump) -> None:
+        """What the gate last said; an adaptive flow keeps the level."""
+
+    def reset_limiter(self) -> None:
+        """Forget this flow's statistics and ask, with the next run, for the level to return to initial.
+
+        Never forgets a start or a slot in use.
+        """
+        self._completed = self._failed = self._rate_limits = self._successes = 0
+        self._level = None
+        self._reset_asked = True
+
+    def reset_flow_limiter(self) -> None:
+        """The reference's name for `reset_limiter`."""
+        self.reset_limiter()
 
     async def run_on_fleet(
         self,

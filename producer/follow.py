@@ -78,7 +78,7 @@ async def batch_counts(client: Redis, limit: str, batch: str) -> dict[str, Any]:
     """Counts of a batch as Redis has them: `count`, `left`, and one per status."""
     found = await client.hgetall(GateKeys(limit).batch(batch))  # type: ignore[misc]
     return {
-        key.decode(): int(value) if value.isdigit() else value.decode()
+        key.decode(): int(value) if value.isdigit() else float(value) if key == b"created" else value.decode()
         for key, value in found.items()
         if not key.startswith(b"digest:") and key != b"next"
     }

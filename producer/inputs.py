@@ -188,7 +188,7 @@ def _json_items(lines: Iterator[tuple[int, bytes]], name: str) -> Iterator[dict[
     for number, line in lines:
         if not line or line.isspace():
             continue
-        item = _json_of(line, name, number)
+        item = _json_of(line.rstrip(b"\r\n"), name, number)
         if not isinstance(item, dict):
             _bad_line(name, number, f"holds {_kind(item)}; write one JSON object per line")
         yield item

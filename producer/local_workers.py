@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from producer.errors import ProducerError
+from producer.errors import ProducerError, WorkersError
 from worker.lifeline import VARIABLE
 
 MOST_DEATHS = 20
@@ -20,30 +21,45 @@ START_S = 60.0
 class LocalWorkers:
     """`count` worker processes of one target on this host.
 
-    Their output goes to `logs/worker-<n>.log` and, line by line, to `say`. They hold the reading end of a
-    pipe: when this process ends, however it ends, they hand back what runs and leave.
+    Their output goes to `logs/worker-<n>.log` and, line by line, to `say`: what nodes print for an item
+    of `batch` as `[item 7] ...`. They hold the reading end of a pipe: when this process ends, however it
+    ends, they hand back what runs and leave.
+
+    Attributes:
+        failed: why they cannot go on, once they cannot.
     """
 
     def __init__(
-        self, target: str, count: int, url: str, data_dir: Path, logs: Path, say: Callable[[str], None]
+        self,
+        target: str,
+        count: int,
+        url: str,
+        data_dir: Path,
+        logs: Path,
+        say: Callable[[str], None],
+        batch: str = "",
     ) -> None:
         self._target = target
         self._count = count
         self._logs = logs
         self._say = say
+        self._item = re.compile(rf"\[{re.escape(batch)}:(\d+)\] ")
+        self._last: dict[int, str] = {}
         self._reading, self._writing = os.pipe()
         self._env = {
             **os.environ,
             "POCKETFLEET_REDIS_URL": url,
             "POCKETFLEET_DATA_DIR": str(data_dir.resolve()),
         }
+        if home := _home_of(target):
+            self._env["PYTHONPATH"] = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
         self._env |= {VARIABLE: str(self._reading), "PYTHONUNBUFFERED": "1"}
         self._env.pop("POCKETFLEET_BURST", None)
         self._processes: dict[int, asyncio.subprocess.Process] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._stopping = False
         self.deaths = 0
-        self.failed: str | None = None
+        self.failed: WorkersError | None = None
 
     async def start(self) -> None:
         """Start them; they serve a moment later."""
@@ -79,12 +95,14 @@ class LocalWorkers:
                 if self._stopping:
                     return
                 if code in (2, 3):
-                    self.failed = f"worker {number} could not start (exit code {code}); see {self._logs}"
+                    said = self._last.get(number, "").removeprefix("pocketfleet: ")
+                    self.failed = WorkersError(said or f"worker {number} could not start", code)
                     return
                 self.deaths += 1
-                self._say(f"worker {number} died (exit code {code}); another one takes its place")
+                self._say(f"worker {number} died ({_ended(code)}); another one takes its place")
                 if self.deaths > MOST_DEATHS:
-                    self.failed = f"workers died {self.deaths} times; see {self._logs}"
+                    sentence = f"workers died {self.deaths} times, the last one by {_ended(code)}"
+                    self.failed = WorkersError(f"{sentence}: see {self._logs}/worker-{number}.log")
                     return
                 await asyncio.sleep(min(5.0, 0.2 * self.deaths))
 
@@ -101,6 +119,8 @@ class LocalWorkers:
             limit=2**20,
         )
         self._processes[number] = process
+        if self._stopping:  # `stop` came while it was being started
+            process.terminate()
         assert process.stdout is not None
         while line := await _line(process.stdout):
             log.write(line)
@@ -109,10 +129,44 @@ class LocalWorkers:
         return await process.wait()
 
     def _hear(self, number: int, line: bytes) -> None:
-        text = line.decode(errors="replace").rstrip("\n")
-        if text.startswith("worker serves "):
+        text = line.decode(errors="replace").rstrip("\r\n")
+        self._last[number] = text or self._last.get(number, "")
+        if text.startswith(UNSAID):
             return
-        self._say(text if text.startswith("[") else f"[worker {number}] {text}")
+        item = self._item.match(text)
+        if item:
+            self._say(f"[item {item[1]}] {text[item.end() :]}")
+        else:
+            self._say(text if TAG.match(text) else f"[worker {number}] {text}")
+
+
+UNSAID = ("worker serves ", "INFO pocketfleet.", "pocketfleet: ")
+"""Lines of a worker that are in its log only; its last words come with the error they cause."""
+TAG = re.compile(r"\[[A-Za-z0-9_.-]{1,128}:\d+\] ")
+
+
+def _home_of(target: str) -> str | None:
+    """The directory from which this process imported the target, if workers would not look there."""
+    name = target.partition(":")[0]
+    file = getattr(sys.modules.get(name) or sys.modules.get("__main__"), "__file__", None)
+    if not file or "site-packages" in Path(file).parts:
+        return None
+    path = Path(file).resolve()
+    home = path.parents[name.count(".") + (path.name == "__init__.py")]
+    return None if home == Path.cwd() else str(home)
+
+
+def _ended(code: int) -> str:
+    """
+    >>> _ended(1), _ended(-9)
+    ('exit code 1', 'signal 9')
+    """
+    return f"exit code {code}" if code >= 0 else f"signal {-code}"
+
+
+def cores() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 async def _line(stream: asyncio.StreamReader) -> bytes:

@@ -8,11 +8,13 @@ import time
 from typing import TYPE_CHECKING
 
 from redis.exceptions import RedisError
+from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from limiter.view import GateView, read_gate
+from producer.debugger import prompting
 from worker.presence import living_workers
 
 if TYPE_CHECKING:
@@ -20,31 +22,50 @@ if TYPE_CHECKING:
 
 EVERY_S = 0.25
 PLAIN_EVERY_S = 5.0
+BARS = ((110, 24), (80, 14), (60, 8))
+"""Width of the terminal from which on the bar has that many cells; narrower ones have none."""
+
+Part = tuple[int, str, str]
+"""Rank (the highest is left out first where the line is too narrow), text, style."""
 
 
 class Progress:
     """Counts of a batch, shown while it runs: live on a terminal, a line every five seconds elsewhere.
 
     Lines given to `say` appear above it.
+
+    Args:
+        shown: False says only what `say` is given.
+        live: False never takes the terminal, so that a debugger can have it.
+        workers: how many worker processes are being started for this batch.
     """
 
-    def __init__(self, flow: str, limit: str, total: int, *, shown: bool = True) -> None:
+    def __init__(
+        self,
+        flow: str,
+        limit: str,
+        total: int,
+        *,
+        shown: bool = True,
+        live: bool = True,
+        workers: int = 0,
+    ) -> None:
         self._flow = flow
         self._limit = limit
         self.total = total
         self.completed = 0
         self.failed = 0
-        self.stage = "enqueues"
         self.sent = 0
         self.gate: GateView | None = None
         self.workers: int | None = None
         self.trouble = ""
+        self._coming = workers
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)
         self._shown = shown
+        self._may_live = live
         self._live: Live | None = None
-        self._started = time.monotonic()
-        self._first_outcome_at: float | None = None
-        self._plain_at = self._started
+        self._started = self._plain_at = time.monotonic()
+        self._working_since: float | None = None
         self._watch: asyncio.Task[None] | None = None
 
     @property
@@ -54,29 +75,35 @@ class Progress:
     def say(self, text: str) -> None:
         """A line above the progress line."""
         if self._live is not None:
-            self._console.print(Text(text))
+            self._console.print(Text.from_ansi(text))
         else:
             print(text, file=sys.stderr, flush=True)
 
     def count(self, completed: bool) -> None:
-        self._first_outcome_at = self._first_outcome_at or time.monotonic()
+        self._working_since = self._working_since or time.monotonic()
         if completed:
             self.completed += 1
         else:
             self.failed += 1
 
+    def enqueued(self, items: int) -> None:
+        self.sent = items
+
     def start(self, client: Redis) -> None:
-        if self._shown and self._console.is_terminal:
-            self._live = Live(console=self._console, auto_refresh=False, transient=False)
+        if self._shown and self._may_live and self._console.is_terminal:
+            self._live = Live(
+                console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+            )
             self._live.start()
         self._watch = asyncio.create_task(self._keep_looking(client))
 
     async def stop(self) -> None:
+        """The last picture stays on the terminal."""
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
-        self._draw()
         if self._live is not None:
+            self._draw()
             self._live.stop()
             self._live = None
 
@@ -86,6 +113,7 @@ class Progress:
                 self.gate = await read_gate(client, self._limit)
                 serving = [info for info in await living_workers(client) if self._flow in info.flows]
                 self.workers = len(serving)
+                self._working_since = self._working_since or (time.monotonic() if serving else None)
                 self.trouble = ""
             except (RedisError, OSError) as error:
                 self.trouble = f"Redis does not answer ({type(error).__name__})"
@@ -94,60 +122,93 @@ class Progress:
 
     def _draw(self) -> None:
         if self._live is not None:
-            self._live.update(Text(self.line()), refresh=True)
-        elif self._shown and time.monotonic() - self._plain_at >= PLAIN_EVERY_S:
+            self._live.update(self.picture(self._console.width - 1), refresh=True)
+        elif self._shown and not prompting() and time.monotonic() - self._plain_at >= PLAIN_EVERY_S:
             self._plain_at = time.monotonic()
             print(self.line(), file=sys.stderr, flush=True)
 
     def line(self) -> str:
-        """Such as `users:flow 40/100 ━━━━────── 5 running 4 workers 2.5/s 24 s left · level: 5 of 5 at a time`."""
-        parts = [f"{self._flow} {self.done}/{self.total}", _bar(self.done, self.total)]
-        if self.failed:
-            parts.append(f"{self.failed} failed")
-        if self.sent < self.total:
-            parts.append(f"{self.sent} enqueued")
-        if self.gate is not None:
-            parts.append(f"{self.gate.in_use} running")
-        if self.workers is not None:
-            parts.append(f"{self.workers} worker{'' if self.workers == 1 else 's'}")
-        parts += self._speed()
+        """Such as `users:flow 40/100, 5 running, 4 workers, 2.5/s, 24 s left; level: 5 of 5 at a time`."""
         held = self.held_back()
-        return "  ".join(parts) + (f"  · {held}" if held else "")
+        counts = ", ".join(text for _, text, _ in self._counts())
+        return f"{self._flow} {counts}" + (f"; {held}" if held else "")
 
-    def _speed(self) -> list[str]:
+    def picture(self, width: int) -> Text:
+        """The same in one line of a terminal, at most `width` cells wide, with a bar."""
+        counts, held = self._counts(), self.held_back()
+        over = f"· {held}" if held else ""
+        bar = next((cells for least, cells in BARS if width >= least), 0)
+        room = width - cell_len(self._flow) - 2 - (bar + 2 if bar else 0) - cell_len(over)
+        while len(counts) > 1 and sum(cell_len(text) + 2 for _, text, _ in counts) > room:
+            counts.remove(max(counts))
+        text = Text(self._flow, style="bold", no_wrap=True, overflow="crop")
+        text.append("  ")
+        if bar:
+            full = bar * self.done // self.total if self.total else bar
+            text.append("━" * full, style="not bold green")
+            text.append("─" * (bar - full) + "  ", style="not bold dim")
+        for _, shown, style in counts:
+            text.append(shown + "  ", style=f"not bold {style}")
+        text.append(over, style="not bold yellow" if self._stuck() else "not bold dim")
+        text.truncate(width, overflow="ellipsis")
+        return text
+
+    def _counts(self) -> list[Part]:
+        """What there is to count, in the order in which it is shown."""
+        parts: list[Part] = [(0, f"{self.done}/{self.total}", "")]
+        if self.failed:
+            parts.append((1, f"{self.failed} failed", "red"))
+        if self.sent < self.total:
+            parts.append((2, f"{self.sent} enqueued", ""))
+        if self.gate is not None and self.done < self.total:
+            parts.append((4, f"{self.gate.in_use} running", ""))
+        if self.workers and self.done < self.total:
+            parts.append((6, f"{self.workers} worker{'' if self.workers == 1 else 's'}", ""))
+        return parts + self._speed()
+
+    def _speed(self) -> list[Part]:
         elapsed = time.monotonic() - self._started
-        if not self.done or self._first_outcome_at is None:
-            return [f"{elapsed:.0f} s"]
-        rate = self.done / max(0.001, elapsed)
+        if not self.done or self._working_since is None:
+            return [(3, _duration(elapsed), "")]
+        rate = self.done / max(0.001, time.monotonic() - self._working_since)
+        shown: Part = (5, f"{rate:.1f}/s", "")
         if self.done >= self.total:
-            return [f"{rate:.1f}/s", f"{elapsed:.1f} s"]
-        return [f"{rate:.1f}/s", f"{_duration((self.total - self.done) / rate)} left"]
+            return [shown, (3, _duration(elapsed), "")]
+        if self.gate is not None and self.gate.max_per_window:
+            rate = min(rate, self.gate.max_per_window / self.gate.window_s)
+        return [shown, (3, f"{_duration((self.total - self.done) / rate)} left", "")]
 
     def held_back(self) -> str:
-        """What keeps the batch from going faster, in words."""
+        """What keeps the batch from going faster, in words; never '' before its end."""
         if self.done >= self.total:
             return ""
         if self.trouble:
             return self.trouble
-        if self.workers == 0:
-            return f"no worker serves {self._flow}"
-        return self.gate.holds_back() if self.gate is not None else ""
+        if not self.workers:
+            return self._unserved()
+        gate = self.gate.holds_back() if self.gate is not None else ""
+        if gate:
+            return gate
+        left = self.total - self.done
+        if self.gate is not None and self.sent >= self.total and left <= self.gate.in_use:
+            return "the last one runs" if left == 1 else f"the last {left} run"
+        return "as fast as the workers go"
 
+    def _unserved(self) -> str:
+        if self._coming and not self.done:
+            return f"{self._coming} worker{'' if self._coming == 1 else 's'} start"
+        return "starts" if self.workers is None else f"no worker serves {self._flow}"
 
-def _bar(done: int, total: int, width: int = 20) -> str:
-    """
-    >>> _bar(1, 2, 4)
-    '━━──'
-    """
-    full = width * done // total if total else width
-    return "━" * full + "─" * (width - full)
+    def _stuck(self) -> bool:
+        """Whether somebody should look: nothing goes on by itself."""
+        return bool(self.trouble) or (self.workers == 0 and not self._coming)
 
 
 def _duration(seconds: float) -> str:
     """
-    >>> _duration(42), _duration(600), _duration(90000)
-    ('42 s', '10 min', '25.0 h')
+    >>> _duration(2.34), _duration(42), _duration(600), _duration(90000)
+    ('2.3 s', '42 s', '10 min', '25.0 h')
     """
     if seconds < 120:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

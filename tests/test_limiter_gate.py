@@ -562,6 +562,7 @@ def test_one_that_leaves_without_having_heard_its_last_grant_strands_no_job(gate
     for seq, after in enumerate((0, 5, 10, 15, 20, 25), 1):
         reply = gate.sync(jobs("B", seq, 1), T0 + after * S + 3)
         if len(reply) > 3:
+            assert reply[5] == 0, "a process that left was counted as a death"
             return
     pytest.fail("the job is parked under a process that is gone, for ever")
 

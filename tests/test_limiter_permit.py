@@ -148,7 +148,7 @@ def test_cancelled_anywhere_a_wait_leaks_nothing_on_fakeredis(seed: int) -> None
         process = Process(*clients, lease_s=LEASE_S)
         await process.start()
         pump = process.pump(Limits("api", 3, lease_s=LEASE_S))
-        finished = await cancelled_at_random(rng, lambda: visit(pump), 300)
+        finished = await cancelled_at_random(rng, lambda: visit(pump), 120)
         await heard(pump)
         assert pump.held == 0
         gate: dict[bytes, bytes] = await clients[0].hgetall(GateKeys("api").gate)  # type: ignore[misc]

@@ -36,6 +36,7 @@ from worker.contract import decode_job, encode_job, job_id, payload_key, queue_k
 from worker.fleet_worker import FleetWorker
 from worker.registry import named
 from worker.run import HOST
+from worker.store import Bases
 
 NAME = "contract"
 PARKED = 2**52
@@ -47,7 +48,10 @@ class Step(AsyncNode):  # type: ignore[type-arg]
     began: asyncio.Event
     go: asyncio.Event
 
+    began_at: float
+
     async def exec_async(self, prep_res: Any) -> None:
+        type(self).began_at = time.time()
         self.began.set()
         if self.params.get("waits"):
             await self.go.wait()
@@ -304,6 +308,31 @@ def test_what_stands_in_the_queue_is_what_encode_job_makes(url: str, tmp_path: P
             found = decode_job(payload)
             assert payload == encode_job(NAME, {"user": "ü", "n": 1}, found.enqueue_ms)
 
+    asyncio.run(main())
+
+
+def test_a_run_that_waits_for_its_batchs_store_does_not_start_late(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = Bases._fetch
+
+    async def slow(self: Bases, limit: str, batch: str) -> bytes:
+        await asyncio.sleep(1.0)  # the slack is 60 s / 240
+        return await fetch(self, limit, batch)
+
+    async def main() -> None:
+        async with opened(url, tmp_path) as scene:
+            scene.flow.max_flows_per_minute = 10
+            scene.served = named(scene.flow, "contract:flow", 15.0)
+            await scene.enqueue({"n": 1})
+            async with scene.worker():
+                (ended,) = await scene.ended(1)
+                stamps = await scene.arq.lrange(GateKeys(NAME).starts, 0, -1)
+            assert ended.outcome.status == "completed" and ended.outcome.attempts == {}
+            assert len(stamps) == 1, "the start that was not used came back"
+            assert Step.began_at <= int(stamps[0]) / 1e6, "the latest moment its run may start"
+
+    monkeypatch.setattr(Bases, "_fetch", slow)
     asyncio.run(main())
 
 

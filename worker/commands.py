@@ -6,29 +6,34 @@ import asyncio
 import os
 import socket
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
-from arq.worker import run_worker
-from rich.console import Console
-from rich.table import Table
 
-from limiter.client import checked_connection, open_retrying_client
-from limiter.connect import find_redis
-from limiter.settings import load
-from worker.main import settings_class, targets
-from worker.presence import WorkerInfo, living_workers
-from worker.registry import check_shadows, serve
-from worker.settings import WorkerSettings
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from worker.presence import WorkerInfo
+    from worker.settings import WorkerSettings
 
 
 def worker(
-    flows: Annotated[list[str] | None, typer.Argument(help="Flows to serve, such as users:flow")] = None,
-    max_jobs: Annotated[int | None, typer.Option(help="Most runs at a time in this process")] = None,
+    flows: Annotated[
+        list[str] | None, typer.Argument(metavar="[TARGET]...", help="Flows to serve, such as users:flow")
+    ] = None,
+    max_jobs: Annotated[
+        int | None, typer.Option(metavar="N", help="Most runs at a time in this process", min=1, max=10_000)
+    ] = None,
     burst: Annotated[bool, typer.Option("--burst", help="End when nothing waits or runs anywhere")] = False,
 ) -> None:
     """Run one worker process on this host. Start as many as you like, anywhere."""
+    from arq.worker import run_worker
+
+    from limiter.settings import load
+    from worker.main import settings_class, targets
+    from worker.registry import check_shadows, serve
+    from worker.settings import WorkerSettings
+
     check_shadows("pocketfleet worker")
     if flows:
         os.environ["POCKETFLEET_FLOWS"] = ",".join(flows)
@@ -38,18 +43,7 @@ def worker(
         os.environ["POCKETFLEET_BURST"] = "true"
     settings = load(WorkerSettings)
     serve(targets(settings), settings.lease_s)  # refuse a wrong target before anything is opened
-    asyncio.run(_answers(settings))
     run_worker(settings_class())
-
-
-async def _answers(settings: WorkerSettings) -> None:
-    place = find_redis(settings, start=False)
-    client = open_retrying_client(place.url, retries=1)
-    try:
-        await checked_connection(client, place.shown)
-    finally:
-        await client.aclose()
-        place.close()
 
 
 def workers(
@@ -59,10 +53,18 @@ def workers(
     ] = False,
 ) -> None:
     """List the living workers of the fleet."""
+    import msgspec
+    from rich.console import Console
+
+    from limiter.settings import load
+    from worker.settings import WorkerSettings
+
     found = asyncio.run(_living(load(WorkerSettings)))
     if check:
         here = [info for info in found if info.host == socket.gethostname()]
-        typer.echo(f"{len(here)} worker(s) of this host live")
+        typer.echo(
+            f"{len(here) or 'no'} worker{'s' if len(here) > 1 else ''} of this host live{'s' * (len(here) < 2)}"
+        )
         raise typer.Exit(0 if here else 1)
     if as_json:
         typer.echo(msgspec.json.encode(found).decode())
@@ -73,6 +75,10 @@ def workers(
 
 
 async def _living(settings: WorkerSettings) -> list[WorkerInfo]:
+    from limiter.client import checked_connection, open_retrying_client
+    from limiter.connect import find_redis
+    from worker.presence import living_workers
+
     place = find_redis(settings, start=False)
     client = open_retrying_client(place.url, retries=1)
     try:
@@ -84,6 +90,8 @@ async def _living(settings: WorkerSettings) -> list[WorkerInfo]:
 
 
 def _table(found: list[WorkerInfo]) -> Table:
+    from rich.table import Table
+
     table = Table("host", "pid", "flows", "running", "version", "up", box=None, header_style="bold")
     for info in found:
         up_s = max(0.0, time.time() - info.started)

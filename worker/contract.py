@@ -102,17 +102,17 @@ class Outcome(msgspec.Struct, omit_defaults=True):
     Attributes:
         status: one of `STATUSES`.
         action: the run's last action, as the reference's results hold it (None if it cannot travel).
-        difference: what the run changed in the shared store, see `worker.difference`.
+        difference: what the run changed in the shared store, also before it failed; see `worker.difference`.
         failure: set unless the status is `completed`.
         attempts: executions so far by kind: `tries`, `deaths`, `refusals`, `hand_backs` (zeros left out).
         nodes: name and seconds of each node that ran.
-        left_behind: top-level keys of the shared store that could not travel.
+        left_behind: paths of entries of the shared store that could not travel.
         started, ended: seconds since 1970 on the worker's clock, for display only.
     """
 
     status: str
     action: Any = None
-    difference: dict[Any, Any] | None = None
+    difference: dict[Any, Any] = {}
     failure: Failure | None = None
     attempts: dict[str, int] = {}
     nodes: list[tuple[str, float]] = []
@@ -142,12 +142,14 @@ class FleetFlow(Protocol):
     Attributes:
         start_node, params, get_next_node: PocketFlow's own.
         keep_result_s: seconds arq's result record is kept; 0 = not at all.
+        refusal_patience_s: seconds after its first refusal in which a run may go on being refused.
         inline_sync_nodes: run sync nodes on the event loop instead of in a thread of the run.
     """
 
     start_node: Any
     params: dict[str, Any]
     keep_result_s: float
+    refusal_patience_s: float
     inline_sync_nodes: bool
 
     def get_next_node(self, curr: Any, action: Any) -> Any: ...

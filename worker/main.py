@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 import click
 from redis.exceptions import RedisError
 
-from limiter.client import checked_connection
+from limiter.client import checked_connection, open_retrying_client
 from limiter.connect import Place, find_redis
 from limiter.errors import LimiterError, RedisRefused
-from limiter.keys import ROOT
+from limiter.keys import ROOT, wake_channel
 from limiter.process import Process, open_process
 from limiter.settings import load
 from worker import output
@@ -26,15 +26,22 @@ from worker.errors import TargetError, WorkerError
 from worker.fleet_worker import FleetWorker, see_through
 from worker.lifeline import watch_lifeline
 from worker.presence import health_key
-from worker.registry import ServedFlow, serve
+from worker.registry import ServedFlow, said, serve
 from worker.settings import WorkerSettings as Settings
 
 CONTROL_QUEUE = ROOT + "control"
 
 
 def settings_class() -> type:
-    """What arq reads: built when it is asked for, since arq sees only a class's own attributes."""
+    """What arq reads: built when it is asked for, since arq sees only a class's own attributes.
+
+    Ends the process with one sentence if the settings do not hold or Redis refuses us.
+    """
     settings, place = settings_and_place()
+    try:
+        asyncio.run(_probe(place))
+    except RedisRefused as error:
+        end(error)
 
     async def take_over(ctx: dict[Any, Any]) -> None:
         await _take_over(ctx, settings, place)
@@ -68,6 +75,24 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+async def _probe(place: Place) -> None:
+    """Ask what a worker and its host will ask: they would go on trying, or end in a traceback."""
+    client = open_retrying_client(place.url, retries=1)
+    try:
+        await checked_connection(client, place.shown)
+        await client.info("clients")
+        async with client.pubsub() as calls:
+            await calls.subscribe(wake_channel("probe"))
+            await calls.get_message(timeout=5.0)
+    except RedisError as error:
+        raise RedisRefused(
+            f"Redis at {place.shown} does not let this user work ({error!s:.160}): "
+            "give it the rights that the README lists"
+        ) from None
+    finally:
+        await client.aclose()
+
+
 async def refuse_ungated(ctx: dict[Any, Any]) -> None:
     """The one function arq knows; nothing ever calls it."""
     raise RuntimeError("PocketFleet's runs are admitted by its own loop, never by arq's")
@@ -99,6 +124,10 @@ async def _take_over(ctx: dict[Any, Any], settings: Settings, place: Place) -> N
     print(greeting(served, place), flush=True)
     try:
         await worker.run()
+    except Exception as error:
+        if worker.crews:
+            raise
+        end(TargetError(served[0].target, f"on_worker_start failed: {said(error)}"))
     finally:
         await see_through(process.close())
         place.close()

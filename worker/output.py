@@ -4,44 +4,78 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
+from collections.abc import Iterable
 from typing import Any, TextIO
 
 from worker.run import item
 
 
 class ItemPrefix:
-    """A text stream that puts `[batch:index] ` in front of each line written during a run."""
+    """A text stream that puts `[batch:index] ` in front of each line written during a run.
 
-    def __init__(self, stream: TextIO) -> None:
+    Runs write at the same time, so a line goes out when it is whole, or when it is flushed. Lines of
+    `batch` are marked `[item index] `.
+    """
+
+    def __init__(self, stream: TextIO, batch: str = "") -> None:
         self._stream = stream
-        self._started: dict[str, bool] = {}
+        self._batch = batch
+        self._turn = threading.RLock()
+        self._begun: dict[str, tuple[str, bool]] = {}  # tag -> text not yet out, whether the line has begun
 
     def write(self, text: str) -> int:
         tag = item.get()
         if not tag:
             return self._stream.write(text)
-        mid_line = self._started.get(tag, False)
-        lines = text.splitlines(keepends=True)
-        marked = "".join(
-            line if mid_line and number == 0 else f"[{tag}] {line}" for number, line in enumerate(lines)
-        )
-        self._started.pop(tag, None)
-        if lines and not lines[-1].endswith("\n"):
-            self._started[tag] = True
-        self._stream.write(marked)
-        if marked.endswith("\n"):
-            self._stream.flush()
+        with self._turn:
+            held, begun = self._begun.pop(tag, ("", False))
+            *lines, rest = (held + text).split("\n")
+            marks = ["" if begun else self._mark(tag)] + [self._mark(tag)] * (len(lines) - 1)
+            if lines:
+                self._stream.write(
+                    "".join(f"{mark}{line}\n" for mark, line in zip(marks, lines, strict=True))
+                )
+                self._stream.flush()
+                begun = False
+            if rest or begun:
+                self._begun[tag] = rest, begun
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Put out what the run that calls has not ended with a newline; outside of runs, of all of them."""
+        tag = item.get()
+        with self._turn:
+            for each in [tag] if tag else list(self._begun):
+                held, begun = self._begun.pop(each, ("", False))
+                if held:
+                    self._stream.write(held if begun else self._mark(each) + held)
+                if tag and (held or begun):
+                    self._begun[each] = "", True
+            self._stream.flush()
+
+    def _mark(self, tag: str) -> str:
+        batch, _, index = tag.rpartition(":")
+        return f"[item {index}] " if batch == self._batch else f"[{tag}] "
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
-def prefix_items(log_level: str) -> None:
-    """Prefix stdout and stderr, and show log lines from `log_level` on."""
+def prefix_items(log_level: str, batch: str = "") -> None:
+    """Prefix stdout and stderr, and show log lines from `log_level` on.
+
+    In the process of a `run` (which gives its `batch`) our own news stays unsaid.
+    """
     if not isinstance(sys.stdout, ItemPrefix):
-        sys.stdout = ItemPrefix(sys.stdout)
-        sys.stderr = ItemPrefix(sys.stderr)
+        sys.stdout = ItemPrefix(sys.stdout, batch)
+        sys.stderr = ItemPrefix(sys.stderr, batch)
     logging.basicConfig(level=log_level, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
     logging.getLogger().setLevel(log_level)
     logging.getLogger("arq").setLevel(logging.WARNING)
+    if batch and log_level != "DEBUG":
+        logging.getLogger("pocketfleet").setLevel(logging.WARNING)

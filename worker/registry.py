@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import inspect
 import sys
+import traceback
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -40,7 +41,7 @@ def serve(targets: list[str], lease_s: float) -> list[ServedFlow]:
         TargetError: one of them leads to no flow that could run.
         LimitsError: their limits or names cannot hold, or two flows give one limit different values.
     """
-    served = [named(find_flow(target), target, lease_s) for target in targets]
+    served = [named(find_flow(target), target, lease_s) for target in dict.fromkeys(targets)]
     limits: dict[str, ServedFlow] = {}
     names: dict[str, ServedFlow] = {}
     for each in served:
@@ -74,25 +75,30 @@ def find_flow(target: str) -> FleetFlow:
     found = getattr(module, attribute, None)
     if found is None:
         raise TargetError(target, f"module {module_name} has no '{attribute}'{_near(attribute, module)}")
-    return checked_flow(_made(target, found), target)
+    return checked_flow(_made(target, found), target, _near(attribute, module))
 
 
-def checked_flow(found: Any, target: str) -> FleetFlow:
-    """`found` if it is a flow that a fleet can run."""
+def checked_flow(found: Any, target: str, near: str = "") -> FleetFlow:
+    """`found` if it is a flow that a fleet can run; `near` says what else may have been meant."""
     if not isinstance(found, Flow) or not hasattr(found, "fleet_limits"):
-        what = (
-            f"is a {type(found).__name__}" if isinstance(found, BaseNode) else f"is {found!r:.60}, not a flow"
-        )
-        raise TargetError(target, f"{what}; name a ThrottledAsyncParallelBatchFlow")
+        kind = type(found).__name__
+        what = f"is a {kind}" if isinstance(found, BaseNode) else f"is {_some(kind)}, not a flow"
+        raise TargetError(target, f"{what}; name a ThrottledAsyncParallelBatchFlow{near}")
     if found.start_node is None:
-        raise TargetError(target, f"{type(found).__name__} has no start node; make it with start=")
+        raise TargetError(target, f"{type(found).__name__} has no start node; make it with start={near}")
     return cast(FleetFlow, found)
+
+
+def _some(kind: str) -> str:
+    return f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
 
 
 def _made(target: str, found: Any) -> Any:
     """The flow itself, or what a zero-argument factory (or a flow class) returns."""
     if isinstance(found, BaseNode) or not callable(found):
         return found
+    if inspect.iscoroutinefunction(found):
+        raise TargetError(target, "is an async function; name a flow, or a factory that is not async")
     try:
         inspect.signature(found).bind()
     except TypeError:
@@ -104,53 +110,107 @@ def _made(target: str, found: Any) -> Any:
     except LimitsError:
         raise
     except Exception as error:
-        raise TargetError(target, f"failed when it was called: {_said(error)}") from error
+        raise TargetError(target, f"failed when it was called: {said(error)}") from error
 
 
 def _import(target: str, name: str) -> ModuleType:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     check_shadows(target, name)
+    _importing.append(target)
     try:
         return importlib.import_module(name)
     except LimitsError:
         raise
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(error.name + ".")):
-            raise TargetError(target, f"there is no module {error.name}{_near_file(name)}") from None
-        raise TargetError(target, f"module {name} cannot be imported: {_said(error)}") from error
+            raise TargetError(target, f"there is no module {error.name}{_near_file(target)}") from None
+        raise TargetError(target, f"module {name} cannot be imported: {said(error)}") from error
+    except TargetError:
+        raise
     except (Exception, SystemExit) as error:
-        raise TargetError(target, f"module {name} cannot be imported: {_said(error)}") from error
+        raise TargetError(target, f"module {name} cannot be imported: {said(error)}") from error
+    finally:
+        _importing.pop()
+
+
+_importing: list[str] = []
+
+
+def refuse_while_importing(call: str) -> None:
+    """A module that runs its flow when it is imported would do so in every worker, and they again.
+
+    Raises:
+        TargetError: a target's module is being imported just now.
+    """
+    if _importing:
+        raise TargetError(
+            _importing[-1],
+            f"its module calls {call} when imported; put that under if __name__ == '__main__':",
+        )
 
 
 def check_shadows(target: str, module: str = "") -> None:
     """Refuse a module of the user's own that is called like one of our rooms, whichever hides the other."""
     for room in OURS:
-        loaded = sys.modules.get(room)
-        origin = getattr(loaded, "__file__", None)
-        if origin and Path(origin).resolve().parent.parent != HOME:
-            raise TargetError(target, f"{origin} hides PocketFleet's own '{room}'; rename it")
+        loaded = getattr(sys.modules.get(room), "__file__", None)
+        if loaded and Path(loaded).resolve().parent.parent != HOME:
+            raise TargetError(target, f"{loaded} hides PocketFleet's own '{room}'; rename it")
         for own in (Path.cwd() / f"{room}.py", Path.cwd() / room / "__init__.py"):
-            if own.exists() and own.resolve().parent.parent != HOME and own.resolve().parent != HOME:
+            if own.exists() and not _is_ours(own.resolve()):
                 shown = own.relative_to(Path.cwd())
                 raise TargetError(target, f"{shown} has the name of PocketFleet's own '{room}'; rename it")
+        if room != "pocketfleet" and _installed(room):
+            raise TargetError(
+                target,
+                f"the installed package '{room}' has the name of PocketFleet's own; remove or rename it",
+            )
     if module.split(".")[0] in OURS:
         raise TargetError(target, f"'{module.split('.')[0]}' is PocketFleet's own; name a module of yours")
 
 
+def _is_ours(found: Path) -> bool:
+    """In this copy of PocketFleet, or in another one (a clone beside an installed wheel)."""
+    beside = found.parent.parent
+    return found.name == "__init__.py" and (beside == HOME or (beside / "pocketfleet/__init__.py").is_file())
+
+
+def _installed(room: str) -> bool:
+    """Whether a distribution called `room` brings a top-level module of that name."""
+    try:
+        files = distribution(room).files or []
+    except PackageNotFoundError:
+        return False
+    return any(file.parts[0] in (room, f"{room}.py") for file in files)
+
+
 def _near(attribute: str, module: ModuleType) -> str:
-    flows = [name for name, value in vars(module).items() if isinstance(value, Flow)]
+    flows = [name for name, value in vars(module).items() if hasattr(value, "fleet_limits")]
+    flows = [name for name in flows if isinstance(vars(module)[name], Flow) and name != attribute]
     close = difflib.get_close_matches(attribute, flows, 1, 0.4) or flows[:1]
-    close = close or difflib.get_close_matches(attribute, [n for n in vars(module) if n[0] != "_"], 1)
     return f"; did you mean {module.__name__}:{close[0]}?" if close else ""
 
 
-def _near_file(module: str) -> str:
-    files = [path.stem for path in Path.cwd().glob("*.py")]
-    close = difflib.get_close_matches(module, files, 1, 0.5)
-    return f"; did you mean {close[0]}?" if close else f" in {Path.cwd().name or '/'} or on the path"
+def _near_file(target: str) -> str:
+    module, _, attribute = target.partition(":")
+    close = difflib.get_close_matches(module, [path.stem for path in Path.cwd().glob("*.py")], 1, 0.5)
+    if close:
+        return f"; did you mean {close[0]}:{attribute}?"
+    return f" in {Path.cwd().name or '/'} or on the path"
 
 
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
+    """What users' code raised and where, such as `KeyError: 'user_ids' (users.py, line 27)`."""
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text:.300}" if text else type(error).__name__
+    shown = f"{type(error).__name__}: {text:.300}" if text else type(error).__name__
+    return shown if isinstance(error, SyntaxError) else shown + _place(error)
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line of the user's own code that the error went through."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        theirs = path.is_relative_to(Path.cwd()) and "site-packages" not in path.parts
+        if theirs and not any(path.is_relative_to(HOME / room) for room in OURS):
+            return f" ({path.relative_to(Path.cwd())}, line {frame.lineno})"
+    return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import random
 import socket
 import time
 import traceback
@@ -12,26 +13,15 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
-from arq.jobs import serialize_result
-from redis.exceptions import RedisError
 
-from limiter.keys import GateKeys
+from limiter.refusal import recognised
 from limiter.sync import Claimed, Entry
-from worker import codec
-from worker.codec import CannotTravel, travels
-from worker.contract import (
-    COMPLETED,
-    FAILED,
-    Failure,
-    Job,
-    Outcome,
-    decode_job,
-    encode_outcome,
-    queue_key,
-    split_job_id,
-)
+from worker.checkpoint import Checkpoint, read_checkpoint, store_of, where_to_go_on, written
+from worker.contract import COMPLETED, FAILED, Failure, Job, Outcome, decode_job, encode_outcome, split_job_id
 from worker.difference import difference
 from worker.failure import failure_of
+from worker.guard import Refused, guard
+from worker.record import record, settle, travelling
 from worker.registry import ServedFlow
 from worker.store import fresh_store
 from worker.threads import RunThread
@@ -44,14 +34,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("pocketfleet.worker")
 
 HOST = socket.gethostname()
-LARGE = 64 * 1024
-"""An outcome above that many bytes is stored beside the call and only named in it."""
-BLOB_MS = 7 * 24 * 3600 * 1000
+FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 60.0
 
 item: contextvars.ContextVar[str] = contextvars.ContextVar("pocketfleet_item", default="")
 """Batch item of the run that is speaking, for prefixes of prints and logs."""
 
-Ending = Literal["", "hand", "lost"]
+Ending = Literal["", "hand", "lost", "refused"]
 
 
 class Run:
@@ -63,10 +51,13 @@ class Run:
         "crew",
         "ending",
         "index",
+        "kept",
         "node",
+        "params",
         "start_by",
         "stamp",
         "started",
+        "step",
         "task",
         "thread",
     )
@@ -79,6 +70,9 @@ class Run:
         self.ending: Ending = ""
         self.node = ""
         self.started = False
+        self.step: NodeStep | None = None
+        self.params: dict[str, Any] = {}
+        self.kept: Checkpoint | None = None
         self.thread: RunThread | None = None
         self.task: asyncio.Task[None] | None = None
         _, self.batch, self.index = split_job_id(claimed.id)
@@ -97,76 +91,164 @@ class Run:
         """Decode, walk, and record. Never raises; a job that is not recorded comes back by itself."""
         self.started = True
         try:
+            base = await self._base()
             if self.ending or monotonic() > self.start_by:
                 self._give_back_unstarted()
             else:
                 item.set(f"{self.batch}:{self.index}")
-                await self._execute()
+                await self._execute(base)
         except BaseException as error:
             # past the guards below only a fault of ours arrives; the job must not stay claimed for ever
             log.exception("run.fault job=%s", self.claimed.id)
-            self._settle(Outcome(FAILED, failure=failure_of(error, self.node)), None)
+            settle(self, FAILED, encode_outcome(Outcome(FAILED, failure=failure_of(error, self.node))))
         finally:
             self.crew.ended(self)
 
-    async def _execute(self) -> None:
+    async def _base(self) -> bytes:
+        """The batch's base, before the start is checked: its first runs wait for Redis and could be late."""
+        known = self.crew.bases.known(self.pump.name, self.batch)
+        if known is not None:
+            return known
+        try:
+            return await self.crew.bases.base(self.pump.name, self.batch)
+        except asyncio.CancelledError:
+            if self.ending:
+                return b""
+            raise
+
+    async def _execute(self, base: bytes) -> None:
         started = time.time()
         try:
             job = decode_job(self.claimed.payload)
             served = self.crew.serves[job.flow]
         except (msgspec.DecodeError, IndexError, KeyError):
             failure = Failure("CorruptJob", "the job's payload is not one of PocketFleet's; it was not run")
-            self._settle(Outcome(FAILED, failure=failure, host=HOST, started=started, ended=started), None)
+            corrupt = Outcome(FAILED, failure=failure, host=HOST, started=started, ended=started)
+            settle(self, FAILED, encode_outcome(corrupt))
             return
         if len(self.crew.flows) > 1:
             self.pump.of_flow(self.claimed.id, self.crew.flows.index(job.flow) + 1)
         timings: list[tuple[str, float]] = []
-        outcome = await self._outcome(served, job, timings)
-        await self._end_thread()
+        self.kept = read_checkpoint(self.claimed.saved)
+        shared = fresh_store(base)
+        outcome: Outcome | None
+        try:
+            outcome = await self._outcome(served, job, shared, timings)
+            await self._end_thread()
+        except Refused as refused:
+            await self._end_thread()
+            outcome = self._go_back(served, refused, fresh_store(base), shared)
         if outcome is None:
-            self._give_up()
+            self._give_up(served, fresh_store(base), shared)
             return
+        outcome.difference, outcome.left_behind = difference(fresh_store(base), shared)
         outcome.nodes = timings
         outcome.attempts = self._attempts()
         outcome.host, outcome.started, outcome.ended = HOST, started, time.time()
-        await self._record(outcome, served, job)
+        await record(self, outcome, served, job)
 
     async def _outcome(
-        self, served: ServedFlow, job: Job, timings: list[tuple[str, float]]
+        self,
+        served: ServedFlow,
+        job: Job,
+        shared: dict[Any, Any],
+        timings: list[tuple[str, float]],
     ) -> Outcome | None:
-        """Walk the graph; None if the run was stopped before its end."""
+        """Walk the graph, from where it was left; None if the run was stopped before its end.
+
+        Raises:
+            Refused: the protected API refused the run.
+        """
+        params = job.params
+        start = where_to_go_on(served.flow, self.kept) if self.kept is not None else None
+        if self.kept is not None and start is not None:
+            params = self.kept.params
+            store_of(shared, self.kept)
+        else:
+            self.kept = None
         try:
-            base = self.crew.bases.known(self.pump.name, self.batch)
-            if base is None:
-                base = await self.crew.bases.base(self.pump.name, self.batch)
-            shared = fresh_store(base)
             action = await walk(
                 served.flow,
-                job.params,
+                params,
                 shared,
                 before_node=self._before_node,
                 sync_runner=None if served.flow.inline_sync_nodes else self._in_thread,
                 timings=timings,
+                start=start or (),
             )
-            changed, left_behind = difference(fresh_store(base), shared)
             self.pump.succeed(self.claimed.attempt)
-            return Outcome(COMPLETED, _travelling(action), changed or None, left_behind=left_behind)
+            return Outcome(COMPLETED, travelling(action))
+        except Refused:
+            raise
         except asyncio.CancelledError as error:
             if self.ending:
                 return None
             return Outcome(FAILED, failure=failure_of(error, self.node))
-        except BaseException as error:  # SystemExit and KeyboardInterrupt of user code end only this run
+        except BaseException as error:
+            hit = recognised(error)
+            if hit is not None:
+                raise Refused(hit) from error
+            # SystemExit and KeyboardInterrupt of user code end only this run
             if self.crew.show_traces:
                 traceback.print_exception(error)
             return Outcome(FAILED, failure=failure_of(error, self.node))
 
     async def _before_node(self, step: NodeStep) -> None:
         """The fence: no node starts unless the lease surely holds and the run is still ours."""
+        if self.step is not None and self.step.part == "node":
+            self.pump.succeed(self.claimed.attempt)  # the node before this one has ended well
+        self.step = step
         self.node = type(step.node).__name__
+        if step.parent is None:
+            self.params = step.node.params
         while not self.pump.safe:
             await self.pump.contact()
         if self.ending:
             raise asyncio.CancelledError
+        if step.part == "node":
+            kept, self.kept = self.kept, None
+            if kept is not None and kept.returned:
+                guard(step.node, recognise=recognised, returned=kept.returned, items_digest=kept.items_digest)
+            else:
+                guard(step.node, recognise=recognised)
+
+    def _go_back(
+        self, served: ServedFlow, refused: Refused, base: dict[Any, Any], shared: dict[Any, Any]
+    ) -> Outcome | None:
+        """A refused run goes back to its place and resumes there; it is not a failure and not a try."""
+        hit, answer = refused.hit, self.pump.answer
+        now_s = answer.now / 1e6 if answer else 0.0
+        before = read_checkpoint(self.claimed.saved)
+        refused_at = before.refused_at if before and before.refused_at else now_s
+        forgiven_s = (before.forgiven_s if before else 0.0) + (hit.retry_after or 0.0)
+        self.pump.refuse(self.claimed.attempt, hit.retry_after or 0.0)
+        if now_s - refused_at - forgiven_s > served.flow.refusal_patience_s:
+            for_s = served.flow.refusal_patience_s
+            text = f"refused for longer than refusal_patience_s={for_s:g}: {hit}"
+            return Outcome(FAILED, failure=Failure("RateLimitHit", text[:2000], self.node))
+        delay_s = hit.retry_after or min(LONGEST_DELAY_S, FIRST_DELAY_S * 2 ** min(self.claimed.refusals, 10))
+        if not hit.retry_after:
+            delay_s *= random.uniform(0.5, 1.0)
+        first = self._save(served, base, shared, refused, refused_at, forgiven_s)
+        log.info("run.refused job=%s node=%s again_in_s=%.1f", self.claimed.id, self.node, delay_s)
+        settle(self, "refuse", round(delay_s * 1e6), first)
+        self.ending = "refused"
+        return None
+
+    def _save(
+        self,
+        served: ServedFlow,
+        base: dict[Any, Any],
+        shared: dict[Any, Any],
+        refused: Refused | None = None,
+        refused_at: float = 0.0,
+        forgiven_s: float = 0.0,
+    ) -> Entry | None:
+        """The entry that keeps where the run stopped; None if it had not begun."""
+        if self.step is None:
+            return None
+        data = written(served.flow, self.step, base, shared, self.params, refused, refused_at, forgiven_s)
+        return Entry(self.claimed.id, self.claimed.attempt, 1, "save", data)
 
     async def _in_thread(self, function: Any, *args: Any) -> Any:
         if self.thread is None:
@@ -197,69 +279,6 @@ class Run:
             entry = Entry(self.claimed.id, self.claimed.attempt, 1, "back")
             self.pump.return_job(entry, self.stamp, late=not self.ending)
 
-    def _give_up(self) -> None:
+    def _give_up(self, served: ServedFlow, base: dict[Any, Any], shared: dict[Any, Any]) -> None:
         if self.ending == "hand":
-            self.pump.settle(Entry(self.claimed.id, self.claimed.attempt, 1, "hand"))
-
-    async def _record(self, outcome: Outcome, served: ServedFlow, job: Job) -> None:
-        result = self._arq_result(outcome, served, job) if served.flow.keep_result_s > 0 else None
-        data = encode_outcome(outcome)
-        if len(data) <= LARGE:
-            self._settle(outcome, result, data)
-            return
-        await self._store_blob(data)
-        self._settle(outcome, result, b"", "blob:")
-
-    async def _store_blob(self, data: bytes) -> None:
-        key = GateKeys(self.pump.name).blob(self.batch, self.index, self.claimed.attempt)
-        pause_s = 0.05
-        while True:
-            try:
-                await self.crew.client.set(key, data, px=BLOB_MS)
-                return
-            except (RedisError, OSError):
-                await asyncio.sleep(pause_s)
-                pause_s = min(1.0, pause_s * 2)
-
-    def _settle(
-        self, outcome: Outcome, result: Entry | None, data: bytes | None = None, how: str = ""
-    ) -> None:
-        number = self.crew.flow_number(self.claimed.id)
-        payload = encode_outcome(outcome) if data is None else data
-        entry = Entry(self.claimed.id, self.claimed.attempt, number, how + outcome.status, payload)
-        if result is None:
-            self.pump.settle(entry)
-        else:
-            self.pump.settle(entry, result)
-
-    def _arq_result(self, outcome: Outcome, served: ServedFlow, job: Job) -> Entry | None:
-        """arq's own result record, for `Job.result()`: the last action, or the failure as text."""
-        failure = outcome.failure
-        record = serialize_result(
-            function=served.name,
-            args=(job.params,),
-            kwargs={},
-            job_try=1,
-            enqueue_time_ms=job.enqueue_ms,
-            success=failure is None,
-            result=outcome.action if failure is None else f"{failure.type}: {failure.message}",
-            start_ms=round(outcome.started * 1000),
-            finished_ms=round(outcome.ended * 1000),
-            ref=self.claimed.id,
-            queue_name=queue_key(self.pump.name, served.name),
-            job_id=self.claimed.id,
-            serializer=codec.encode,
-        )
-        how = f"result:{round(served.flow.keep_result_s * 1000)}"
-        return Entry(self.claimed.id, self.claimed.attempt, 1, how, record) if record else None
-
-
-def _travelling(action: Any) -> Any:
-    """The last action if it can travel: actions are mostly text or None."""
-    if action is None or type(action) is str:
-        return action
-    try:
-        travels(action)
-    except CannotTravel:
-        return None
-    return action
+            settle(self, "hand", first=self._save(served, base, shared))

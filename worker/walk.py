@@ -23,6 +23,7 @@ async def walk(
     before_node: BeforeNode,
     sync_runner: SyncRunner | None,
     timings: list[tuple[str, float]],
+    start: Path = (),
 ) -> Any:
     """Run the graph of `flow` once with `params`; return the last action.
 
@@ -41,10 +42,11 @@ async def walk(
             which the run is, or raise to end the run.
         sync_runner: awaited as `sync_runner(function, shared, ...)` for what is not async, such
             as `RunThread.call`; None runs it on the loop, as PocketFlow does.
+        start: the `NodeStep.path` of the node to begin with, as a stopped run goes on; () is the start.
         timings: gets class name and seconds of each node that ended, also of one that raised.
     """
     walker = _Walker(shared, before_node, sync_runner or _inline, timings)
-    return await walker.graph(flow, {**flow.params, **params}, None, True)
+    return await walker.graph(flow, {**flow.params, **params}, None, True, start)
 
 
 class NodeStep:
@@ -123,19 +125,24 @@ class _Walker:
         self.sync_runner = sync_runner
         self.timings = timings
 
-    async def graph(self, flow: Any, params: dict[str, Any], parent: NodeStep | None, is_async: bool) -> Any:
+    async def graph(
+        self, flow: Any, params: dict[str, Any], parent: NodeStep | None, is_async: bool, start: Path
+    ) -> Any:
         """From the flow's start to its end. In a sync flow (`is_async` false) nothing is awaited
         by PocketFlow: an AsyncNode in it raises, and an AsyncFlow in it runs as a sync one."""
         origin, action = flow.start_node, None
+        for way in start[0] if start else ():
+            origin = origin.successors[way]
         node = copy.copy(origin)
         while node:
             node.set_params(params)
             step = NodeStep(node, origin, flow, parent)
             awaited = is_async and isinstance(node, AsyncNode)
             if isinstance(node, Flow) and _is_plain(node, awaited):
-                action = await self.nested(step, awaited)
+                action = await self.nested(step, awaited, start[1:])
             else:
                 action = await self.whole(step, awaited)
+            start = ()
             origin = flow.get_next_node(node, action)
             node = copy.copy(origin)
         return action
@@ -152,16 +159,20 @@ class _Walker:
         finally:
             self.timings.append((type(node).__name__, perf_counter() - began))
 
-    async def nested(self, step: NodeStep, awaited: bool) -> Any:
-        """A nested flow: its prep, its graph, its post, whose answer is the action."""
+    async def nested(self, step: NodeStep, awaited: bool, start: Path) -> Any:
+        """A nested flow: its prep, its graph, its post, whose answer is the action.
+
+        One with a prep of its own begins anew also when it is gone on with: what that prepared is gone.
+        """
         flow = step.node
+        own_prep = not _is_own(*_prep_of(flow, awaited))
         prepared = await self.prep(step, awaited)
-        action = await self.graph(flow, {**flow.params}, step, awaited)
+        action = await self.graph(flow, {**flow.params}, step, awaited, () if own_prep else start)
         return await self.post(step, awaited, prepared, action)
 
     async def prep(self, step: NodeStep, awaited: bool) -> Any:
         flow = step.node
-        if _is_own(flow.prep_async, AsyncNode.prep_async) if awaited else _is_own(flow.prep, BaseNode.prep):
+        if _is_own(*_prep_of(flow, awaited)):
             return None
         await self.before_node(NodeStep(flow, step.origin, step.flow, step.parent, "prep"))
         if awaited:
@@ -185,6 +196,11 @@ def _is_plain(flow: Any, awaited: bool) -> bool:
             flow._orch_async, AsyncFlow._orch_async
         )
     return _is_own(flow._run, Flow._run) and _is_own(flow._orch, Flow._orch)
+
+
+def _prep_of(flow: Any, awaited: bool) -> tuple[Any, Any]:
+    """A flow's prep, and PocketFlow's."""
+    return (flow.prep_async, AsyncNode.prep_async) if awaited else (flow.prep, BaseNode.prep)
 
 
 def _is_own(method: Any, original: Any) -> bool:

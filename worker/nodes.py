@@ -1,0 +1,113 @@
+"""Node classes in the reference's style, whose limits hold across copies, flows and hosts."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+
+from pocketflow import AsyncNode, AsyncParallelBatchNode
+
+from limiter.limits import Limits, checked_name
+from limiter.permit import acquire
+from limiter.process import current_process
+from limiter.pump import Pump
+from limiter.refusal import recognised
+
+
+class ThrottledParallelBatchNode(AsyncParallelBatchNode):  # type: ignore[type-arg]
+    """Calls `exec_async` for the items of `prep_async` in parallel, each under a fleet-wide limit.
+
+    Class attributes, each also a keyword:
+        max_concurrent, max_per_minute: items at a time and starts in any 60 s, in the whole fleet.
+        limit: name of the limit; default: module and name of the node's class.
+    """
+
+    max_concurrent: int = 5
+    max_per_minute: int | None = None
+    limit: str | None = None
+    _keywords: tuple[str, ...] = ("max_concurrent", "max_per_minute", "limit")
+
+    def __init__(self, max_retries: int = 1, wait: int = 0, **values: Any) -> None:
+        super().__init__(max_retries, wait)
+        for key, value in values.items():
+            if key not in self._keywords:
+                raise TypeError(
+                    f"{type(self).__name__} has no keyword '{key}' (it has: {', '.join(self._keywords)})"
+                )
+            if value is not None:
+                setattr(self, key, value)
+        self._limits(15.0)  # refuse nonsense here, not at the first item
+
+    def _limit_name(self) -> str:
+        if self.limit is not None:
+            return checked_name(self.limit)
+        text = f"{type(self).__module__}.{type(self).__qualname__}"
+        return re.sub(r"[^A-Za-z0-9_.-]", "_", text)[:128]
+
+    def _limits(self, lease_s: float) -> Limits:
+        return Limits(
+            self._limit_name(),
+            max_concurrent=self.max_concurrent,
+            max_per_window=self.max_per_minute,
+            lease_s=lease_s,
+        )
+
+    async def _exec(self, items: Any) -> list[Any]:  # type: ignore[override]
+        process = await current_process()
+        pump = process.pump(self._limits(process.lease_s))
+        return list(await asyncio.gather(*(self._gated(pump, each) for each in items or [])))
+
+    async def _gated(self, pump: Pump, item: Any) -> Any:
+        permit = await acquire(pump)
+        permit.bind(asyncio.current_task())
+        try:
+            result = await AsyncNode._exec(self, item)
+        except BaseException as error:
+            hit = getattr(error, "hit", None) or recognised(error)
+            if hit is not None:
+                pump.refuse(permit.attempt, hit.retry_after or 0.0)
+            raise
+        else:
+            pump.succeed(permit.attempt)
+            return result
+        finally:
+            permit.bind(None)
+            permit.release()
+
+
+class AdaptiveThrottledNode(ThrottledParallelBatchNode):
+    """A throttled node whose level is cut when the API refuses an item and grows back when it does not.
+
+    Class attributes, each also a keyword, besides those of `ThrottledParallelBatchNode`:
+        initial_concurrent, min_concurrent, max_concurrent: start, floor and ceiling of the level.
+        backoff_factor, recovery_threshold, recovery_factor: as of `AdaptiveThrottledBatchFlow`.
+    """
+
+    initial_concurrent: int = 5
+    min_concurrent: int = 1
+    max_concurrent: int = 20
+    backoff_factor: float = 0.5
+    recovery_threshold: int = 10
+    recovery_factor: float = 1.2
+    _keywords = (
+        *ThrottledParallelBatchNode._keywords,
+        "initial_concurrent",
+        "min_concurrent",
+        "backoff_factor",
+        "recovery_threshold",
+        "recovery_factor",
+    )
+
+    def _limits(self, lease_s: float) -> Limits:
+        return Limits(
+            self._limit_name(),
+            max_concurrent=self.max_concurrent,
+            max_per_window=self.max_per_minute,
+            min_concurrent=self.min_concurrent,
+            initial_concurrent=self.initial_concurrent,
+            backoff_factor=self.backoff_factor,
+            recovery_threshold=self.recovery_threshold,
+            recovery_factor=self.recovery_factor,
+            lease_s=lease_s,
+        )

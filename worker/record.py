@@ -1,0 +1,88 @@
+"""An outcome on its way to the gate: small ones ride on the call, large ones are stored beside it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from arq.jobs import serialize_result
+from redis.exceptions import RedisError
+
+from limiter.keys import GateKeys
+from limiter.sync import Entry
+from worker import codec
+from worker.codec import CannotTravel, travels
+from worker.contract import Job, Outcome, encode_outcome, queue_key
+from worker.registry import ServedFlow
+
+if TYPE_CHECKING:
+    from worker.run import Run
+
+LARGE = 64 * 1024
+"""An outcome above that many bytes is stored beside the call and only named in it."""
+BLOB_MS = 7 * 24 * 3600 * 1000
+
+
+async def record(run: Run, outcome: Outcome, served: ServedFlow, job: Job) -> None:
+    """Hand an outcome to the pump, which records it once if the attempt is still ours."""
+    result = _arq_result(run, outcome, served, job) if served.flow.keep_result_s > 0 else None
+    data = encode_outcome(outcome)
+    if len(data) <= LARGE:
+        settle(run, outcome.status, data, result)
+        return
+    await _store_beside(run, data)
+    settle(run, "blob:" + outcome.status, b"", result)
+
+
+def settle(run: Run, what: str, arg: bytes | int = b"", first: Entry | None = None) -> None:
+    """The run is over for this process; `first` is an entry the gate must hear before."""
+    entry = Entry(run.claimed.id, run.claimed.attempt, run.crew.flow_number(run.claimed.id), what, arg)
+    if first is None:
+        run.pump.settle(entry)
+    else:
+        run.pump.settle(entry, first)
+
+
+async def _store_beside(run: Run, data: bytes) -> None:
+    key = GateKeys(run.pump.name).blob(run.batch, run.index, run.claimed.attempt)
+    pause_s = 0.05
+    while True:
+        try:
+            await run.crew.client.set(key, data, px=BLOB_MS)
+            return
+        except (RedisError, OSError):
+            await asyncio.sleep(pause_s)
+            pause_s = min(1.0, pause_s * 2)
+
+
+def _arq_result(run: Run, outcome: Outcome, served: ServedFlow, job: Job) -> Entry | None:
+    """arq's own result record, for `Job.result()`: the last action, or the failure as text."""
+    failure = outcome.failure
+    data = serialize_result(
+        function=served.name,
+        args=(job.params,),
+        kwargs={},
+        job_try=1,
+        enqueue_time_ms=job.enqueue_ms,
+        success=failure is None,
+        result=outcome.action if failure is None else f"{failure.type}: {failure.message}",
+        start_ms=round(outcome.started * 1000),
+        finished_ms=round(outcome.ended * 1000),
+        ref=run.claimed.id,
+        queue_name=queue_key(run.pump.name, served.name),
+        job_id=run.claimed.id,
+        serializer=codec.encode,
+    )
+    how = f"result:{round(served.flow.keep_result_s * 1000)}"
+    return Entry(run.claimed.id, run.claimed.attempt, 1, how, data) if data else None
+
+
+def travelling(action: Any) -> Any:
+    """The last action if it can travel: actions are mostly text or None."""
+    if action is None or type(action) is str:
+        return action
+    try:
+        travels(action)
+    except CannotTravel:
+        return None
+    return action
