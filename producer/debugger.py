@@ -14,6 +14,8 @@ from typing import Any
 
 _turn = threading.RLock()
 _busy = 0
+_over = False
+"""Whether somebody has left with `q`, or there is nobody to ask (the input is at its end)."""
 
 
 def prompting() -> bool:
@@ -27,6 +29,8 @@ def one_prompt() -> Iterator[None]:
 
     A debugger that somebody chose (PYTHONBREAKPOINT, an IDE) stays.
     """
+    global _over
+    _over = False
     ours = sys.breakpointhook is sys.__breakpointhook__ and not os.environ.get("PYTHONBREAKPOINT")
     if ours:
         sys.breakpointhook = _stop_here
@@ -43,14 +47,16 @@ def _stop_here(*_: Any, **__: Any) -> None:
 
 class _Prompt(pdb.Pdb):
     def interaction(self, frame: FrameType | None, *rest: Any) -> None:
-        global _busy
+        global _busy, _over
         with _turn:
+            if _over:
+                self.set_quit()
+                return
             _busy += 1
             try:
                 super().interaction(frame, *rest)
             finally:
                 _busy -= 1
-
-    def set_quit(self) -> None:
-        super().set_quit()
-        os.kill(os.getpid(), signal.SIGINT)
+            if self.quitting:
+                _over = True
+                os.kill(os.getpid(), signal.SIGINT)

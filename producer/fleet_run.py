@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 from limiter.client import checked_connection, open_client, open_retrying_client
 from limiter.connect import Place, find_redis
 from limiter.errors import LimiterError
+from limiter.keys import GateKeys
 from limiter.process import open_process
 from limiter.settings import load
 from producer.batch import as_async, encoded_base, enqueue, new_batch_id, write_spool
@@ -54,7 +55,8 @@ class ConflictError(ProducerError):
     exit_code = 1
 
     def __init__(self, conflict: Conflict) -> None:
-        super().__init__(str(conflict))
+        said = str(conflict).replace(", and the last item in input order wins", "")
+        super().__init__(f"stopped, as conflicts='fail' asks: {said}")
         self.conflict = conflict
 
 
@@ -198,6 +200,16 @@ class FleetRun:
             name, target = self.served.name, self.served.target
             say(f"no worker serves {name}; start one: pocketfleet worker {target}")
 
+    async def _warn_of_others(self, client: Redis, say: Callable[[str], None]) -> None:
+        """What an earlier batch left in the queue runs first, and may be unexpected."""
+        keys = GateKeys(self.served.limits.name)
+        waiting = await client.zcard(keys.queue(self.served.name))
+        own = await client.hget(keys.batch(self.batch), "left")  # type: ignore[misc]
+        others = waiting - int(own or 0)
+        if others > 0:
+            items = "1 item" if others == 1 else f"{others} items"
+            say(f"{items} of earlier batches wait for {self.served.name}: these workers run them too")
+
     # --- during ------------------------------------------------------------------------------------
 
     async def _run(self, client: Redis, place: Place, spool: Spool) -> None:
@@ -217,6 +229,8 @@ class FleetRun:
                 try:
                     if self.workers is None:
                         await self._warn_if_unserved(client, progress.say)
+                    else:
+                        await self._warn_of_others(client, progress.say)
                     self.added, self.done_before = await enqueue(client, spool, progress.enqueued)
                     await self._follow(place, spool, progress, lines, hands)
                 finally:
@@ -265,14 +279,14 @@ class FleetRun:
         )
         running = asyncio.create_task(worker.run())
         finished = False
-        try:
-            with one_prompt():
+        with one_prompt():
+            try:
                 yield _Here(running)
-            finished = True
-        finally:
-            worker.stop(at_once=not finished)
-            await asyncio.shield(asyncio.gather(running, return_exceptions=True))
-            await asyncio.shield(process.close())
+                finished = True
+            finally:
+                worker.stop(at_once=not finished)
+                await asyncio.shield(asyncio.gather(running, return_exceptions=True))
+                await asyncio.shield(process.close())
 
     async def _follow(
         self, place: Place, spool: Spool, progress: Progress, lines: LineFile | None, hands: Hands | None
@@ -296,8 +310,9 @@ class FleetRun:
                     lines.flush()
                 if not left:
                     break
-                if hands is not None and hands.failed:
-                    raise hands.failed
+                failed = hands.failed if hands is not None else None
+                if failed is not None:
+                    raise failed
         finally:
             await reader.aclose()
         merger.finish()

@@ -233,7 +233,7 @@ def raised(error: BaseException, cause: BaseException | None = None, *, hides: b
         except BaseException:
             if hides:
                 raise error from None
-            raise error
+            raise error  # noqa: B904 (its context is what is tested)
     except BaseException as seen:
         return seen
 

@@ -385,7 +385,8 @@ async def _ended(tasks: set[asyncio.Task[Any]]) -> None:
     cancelled: asyncio.CancelledError | None = None
     while pending := [task for task in tasks if not task.done()]:
         for task in pending:
-            task.cancel()
+            if not task.cancelling():  # once only: the second would cut short how it ends
+                task.cancel()
         try:
             await asyncio.wait(pending)
         except asyncio.CancelledError as error:
