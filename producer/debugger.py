@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pdb  # noqa: T100 - it is what this file is about
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -24,16 +25,21 @@ def prompting() -> bool:
 
 
 @contextmanager
-def one_prompt() -> Iterator[None]:
-    """While the block runs, `breakpoint()` opens prompts one after the other; `q` stops the whole run.
+def one_prompt(on_quit: Callable[[], None]) -> Iterator[None]:
+    """While the block runs, `breakpoint()` opens prompts one after the other.
 
-    A debugger that somebody chose (PYTHONBREAKPOINT, an IDE) stays.
+    `q` calls `on_quit`, from any thread, cancels the run that asked and interrupts the process as Ctrl-C
+    does. A debugger that somebody chose (PYTHONBREAKPOINT, an IDE) stays.
     """
     global _over
     _over = False
+
+    def stop_here(*_: Any, **__: Any) -> None:
+        _Prompt(on_quit).set_trace(sys._getframe(1))
+
     ours = sys.breakpointhook is sys.__breakpointhook__ and not os.environ.get("PYTHONBREAKPOINT")
     if ours:
-        sys.breakpointhook = _stop_here
+        sys.breakpointhook = stop_here
     try:
         yield
     finally:
@@ -41,22 +47,24 @@ def one_prompt() -> Iterator[None]:
             sys.breakpointhook = sys.__breakpointhook__
 
 
-def _stop_here(*_: Any, **__: Any) -> None:
-    _Prompt().set_trace(sys._getframe(1))
-
-
 class _Prompt(pdb.Pdb):
+    def __init__(self, on_quit: Callable[[], None]) -> None:
+        super().__init__()
+        self._on_quit = on_quit
+
     def interaction(self, frame: FrameType | None, *rest: Any) -> None:
         global _busy, _over
         with _turn:
-            if _over:
-                self.set_quit()
-                return
-            _busy += 1
-            try:
-                super().interaction(frame, *rest)
-            finally:
-                _busy -= 1
-            if self.quitting:
+            if not _over:
+                _busy += 1
+                try:
+                    super().interaction(frame, *rest)
+                finally:
+                    _busy -= 1
+                if not self.quitting:
+                    return
                 _over = True
+                self._on_quit()
                 os.kill(os.getpid(), signal.SIGINT)
+            # not BdbQuit: a node would try again, and the item would count as failed
+            raise asyncio.CancelledError

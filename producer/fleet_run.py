@@ -279,7 +279,7 @@ class FleetRun:
         )
         running = asyncio.create_task(worker.run())
         finished = False
-        with one_prompt():
+        with one_prompt(lambda: _hand_back(worker)):
             try:
                 yield _Here(running)
                 finished = True
@@ -350,6 +350,13 @@ class FleetRun:
             progress.say(
                 "further failures are not shown here" + (f": see {self.output}" if self.output else "")
             )
+
+
+def _hand_back(worker: FleetWorker) -> None:
+    """Whatever runs has not failed: it is to be done again."""
+    for crew in worker.crews:
+        for run in list(crew.runs.values()):
+            run.ending = "hand"
 
 
 class _Here:

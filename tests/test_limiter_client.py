@@ -210,7 +210,7 @@ def test_no_repr_shows_a_password() -> None:
 def test_tls_checks_the_host_name_unless_told_otherwise() -> None:
     for url, checks in [("rediss://h", True), ("rediss://h?ssl_check_hostname=no", False)]:
         client = open_client(url)
-        assert client.connection_pool.connection_class is SSLConnection
+        assert issubclass(client.connection_pool.connection_class, SSLConnection)
         connection = client.connection_pool.make_connection()
         assert connection.ssl_context.check_hostname is checks
     open_client("rediss://h?ssl_cert_reqs=none").connection_pool.make_connection()

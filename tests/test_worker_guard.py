@@ -1,5 +1,7 @@
 """A refused node ends at once: no retry, no fallback, and batch items that returned are remembered."""
 
+# mypy: disable-error-code="type-arg, override"
+
 from __future__ import annotations
 
 import asyncio
@@ -9,7 +11,7 @@ import pickle
 import threading
 import time
 import weakref
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -160,7 +162,7 @@ def test_only_the_copy_is_touched_and_only_until_it_ran(kind: Any) -> None:
     with_guard = guarded(node)
     assert set(vars(node)) == before < set(vars(with_guard))
     assert run(with_guard) == "result"
-    assert set(vars(with_guard)) == before
+    assert set(vars(with_guard)) - {"cur_retry"} == before
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -283,7 +285,7 @@ def test_batch_without_a_refusal_is_as_ever(kind: Any) -> None:
     run(copied, shared)
     assert shared["results"] == ["a", "fallback", "c"]
     assert sorted(node.called) == [0, 1, 1, 1, 2]
-    assert set(vars(copied)) == set(vars(node))
+    assert set(vars(copied)) - {"cur_retry"} == set(vars(node))
 
 
 @pytest.mark.parametrize("kind", BATCHES)
@@ -377,9 +379,10 @@ def test_equal_items_have_a_result_each() -> None:
 class Slow(Parallel):
     """Items that run, that wait between two tries, and one that is refused at once."""
 
-    def __init__(self, **raises: BaseException) -> None:
-        super().__init__(**raises)
+    def __init__(self) -> None:
+        super().__init__()
         self.wait = 5
+        self.cancelled, self.may_end = asyncio.Event(), asyncio.Event()
         self.ended: list[str] = []
 
     async def prep_async(self, shared: Shared) -> Any:
@@ -396,17 +399,44 @@ class Slow(Parallel):
         try:
             await asyncio.sleep(5)
         finally:
-            await asyncio.sleep(0.01)  # closing its connection
+            self.cancelled.set()
+            await self.may_end.wait()  # closing its connection
             self.ended.append(prep_res)
 
 
 def test_siblings_of_a_refused_item_are_cancelled_and_awaited() -> None:
-    node, began = Slow(), time.monotonic()
-    error = refused(guarded(node))
-    assert time.monotonic() - began < 2
-    assert node.seen == ["done", "runs", "tries again", "refused"]
-    assert node.ended == ["runs"]
-    assert error.returned == {0: "result"}
+    async def main() -> None:
+        node, before = Slow(), asyncio.all_tasks()
+        task = asyncio.ensure_future(guarded(node)._run_async({}))
+        await node.cancelled.wait()
+        await asyncio.sleep(0.02)
+        assert not task.done()
+        node.may_end.set()
+        with pytest.raises(Refused) as caught:
+            await task
+        assert node.seen == ["done", "runs", "tries again", "refused"]
+        assert node.ended == ["runs"]
+        assert caught.value.returned == {0: "result"}
+        assert asyncio.all_tasks() == before
+
+    asyncio.run(asyncio.wait_for(main(), 4))
+
+
+def test_run_that_is_cancelled_while_its_siblings_end_is_cancelled_when_they_have() -> None:
+    async def main() -> None:
+        node = Slow()
+        task = asyncio.ensure_future(guarded(node)._run_async({}))
+        await node.cancelled.wait()
+        await asyncio.sleep(0.02)
+        task.cancel()
+        await asyncio.sleep(0.02)
+        assert not task.done()
+        node.may_end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert node.ended == ["runs"]
+
+    asyncio.run(asyncio.wait_for(main(), 4))
 
 
 class Stubborn(Parallel):
@@ -434,21 +464,6 @@ def test_siblings_that_resist_call_no_more_and_what_they_say_counts() -> None:
     assert sorted(node.called) == [0, 1, 2, 3]
     assert error.hit.retry_after == 30
     assert error.returned == {2: "late"}
-
-
-def test_run_that_is_cancelled_while_its_siblings_end_is_cancelled() -> None:
-    async def main() -> None:
-        node = Slow()
-        task = asyncio.ensure_future(guarded(node)._run_async({}))
-        while "refused" not in node.seen:
-            await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert node.ended == ["runs"]
-
-    asyncio.run(main())
 
 
 def test_cancelled_batch_is_no_refusal() -> None:
@@ -535,21 +550,20 @@ def test_refused_can_be_pickled() -> None:
     assert again.items_digest == b"digest"
 
 
-def time_of(node: Any, with_guard: bool, turns: int) -> float:
+def time_of(node: Any, *, with_guard: bool) -> float:
     async def main() -> float:
         began = time.perf_counter()
-        for _ in range(turns):
+        for _ in range(500):
             one = copy.copy(node)
             if with_guard:
                 guard(one, recognise=recognised)
             await one._run_async({})
-        return (time.perf_counter() - began) / turns
+        return time.perf_counter() - began
 
-    coroutine: Coroutine[Any, Any, float] = main()
-    return asyncio.run(coroutine)
+    return asyncio.run(main())
 
 
 def test_guard_costs_little_where_nothing_is_refused() -> None:
-    """1.5 us; compared with a copy and a run of the node, because machines differ."""
-    plain, with_guard = (min(time_of(AsyncNode(), on, 500) for _ in range(20)) for on in (False, True))
-    assert with_guard < 2.5 * plain
+    """About 1.5 us, which is half of what copying and running an empty node costs."""
+    node: Any = AsyncNode()
+    assert min(time_of(node, with_guard=True) / time_of(node, with_guard=False) for _ in range(10)) < 2

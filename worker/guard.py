@@ -12,7 +12,7 @@ and not if a fallback swallowed it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from threading import get_ident
@@ -288,8 +288,7 @@ class _AsyncBatchGuard(_AsyncGuard):
         if hit is not None:
             self.items.refuse(hit)
             # gather hands on the first exception: this one, because it is raised in this very step
-            for task in self.items.siblings - {asyncio.current_task()}:
-                task.cancel()
+            _cancel(self.items.siblings - {asyncio.current_task()})
             raise Refused(hit) from error
 
     def leave(self, error: BaseException) -> None:
@@ -380,13 +379,17 @@ def _can_travel(result: Any) -> bool:
     return True
 
 
+def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        if not task.cancelling():  # once only: a second time would cut short how it closes what it had open
+            task.cancel()
+
+
 async def _ended(tasks: set[asyncio.Task[Any]]) -> None:
     """Return when the tasks, cancelled, have ended. Being cancelled itself counts afterwards."""
     cancelled: asyncio.CancelledError | None = None
     while pending := [task for task in tasks if not task.done()]:
-        for task in pending:
-            if not task.cancelling():  # once only: the second would cut short how it ends
-                task.cancel()
+        _cancel(pending)
         try:
             await asyncio.wait(pending)
         except asyncio.CancelledError as error:
