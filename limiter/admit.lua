@@ -125,14 +125,14 @@ end
 -- Claim the chosen jobs: attempt, record, parked place, in-progress mark. A job whose payload is gone
 -- ends as lost.
 local function claim(chosen)
-  if #chosen == 0 then return {} end
+  local claimed = { '', '', '' } -- header, override and refused ids of the answer come first
+  if #chosen == 0 then return claimed end
   local ids, payload_keys = {}, {}
   for i, c in ipairs(chosen) do ids[i], payload_keys[i] = c.id, 'arq:job:' .. c.id end
   local payloads = redis.call('MGET', unpack(payload_keys))
   local known = redis.call('HMGET', JOBS, unpack(ids))
   changed = { records = {}, keys = {}, fields = {}, queues = {}, running = {} }
   batches = {}
-  local claimed = {}
   for i, c in ipairs(chosen) do
     local job = read_job(known[i] or '') or { deaths = 0, refused = 0, backs = 0, saved = false, place = c.place, flow = c.flow }
     state.attempt = state.attempt + 1
@@ -183,7 +183,7 @@ local function admit()
   local chosen = {}
   if call.jobs > 0 then chosen, gate.more = lowest_places(count) end
   gate.claimed = claim(chosen)
-  gate.jobs = #gate.claimed / WIDTH
+  gate.jobs = (#gate.claimed - 3) / WIDTH
   gate.gone = #chosen - gate.jobs
   gate.given = gate.permits + gate.jobs
   gate.stamp = stamp_starts(gate.given)

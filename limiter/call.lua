@@ -115,6 +115,7 @@ local function join()
     state.touched = 0
   end
   record.extended = false
+  gate.parked = whole(PARKED + record.number)
   state.active = state.active - is_active(record)
 end
 

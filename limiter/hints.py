@@ -94,8 +94,8 @@ def status_of(holder: object) -> int | None:
     # `code` last, and only if the others say nothing: reading aiohttp's warns
     for name in ("status_code", "status", "code"):
         status = peek(holder, name)
-        if isinstance(status, int) and status in HTTP_STATUS:
-            return int(status)
+        if isinstance(status, int):
+            return int(status) if status in HTTP_STATUS else None
     return None
 
 

@@ -20,6 +20,12 @@ local function parts(id)
   return string.match(id, '^([^:]+):(%d+)$', AFTER_TAG)
 end
 
+-- The fields of a record that an ended run needs: attempt and flow as text, and whether a checkpoint stands.
+local function read_end(text)
+  local attempt, saved, flow = string.match(text or '', '^(%d+) %d+ %d+ %d+ %d+ (%d) (.+)$')
+  return attempt and { attempt = tonumber(attempt), saved = saved == '1', flow = flow } or nil
+end
+
 local function record_outcome(id, attempt, status, outcome)
   local name, index = parts(id)
   local batch = batches[name]
@@ -104,7 +110,7 @@ local SETTLE = {
     local running, n = changed.running, #changed.running
     running[n + 1], running[n + 2] = 'arq:in-progress:' .. id, me
     note(id, job)
-    move(job.flow, id, whole(PARKED + record.number))
+    move(job.flow, id, gate.parked)
   end,
 }
 
@@ -157,8 +163,9 @@ local function settle_entries()
   end)
   local jobs = {} -- one record per job, also where several entries name it
   for n, id in ipairs(ids) do
-    jobs[id] = jobs[id] or read_job(known[n] or '')
-    if not settle_entry(FIRST_ENTRY + (n - 1) * 5, jobs[id]) then
+    local at = FIRST_ENTRY + (n - 1) * 5
+    if not jobs[id] then jobs[id] = (ENDED[ARGV[at + 3]] and read_end or read_job)(known[n]) end
+    if not settle_entry(at, jobs[id]) then
       refused[#refused + 1] = id
     end
   end

@@ -135,9 +135,8 @@ local function header()
 end
 
 local function with_jobs(head, refused, claimed)
-  local reply = { head, state.override, refused }
-  for i, value in ipairs(claimed) do reply[i + 3] = value end
-  return reply
+  claimed[1], claimed[2], claimed[3] = head, state.override, refused
+  return claimed
 end
 
 -- Write the state, keep the answer in case it has to be given again, and give it.
@@ -152,7 +151,7 @@ local function reply()
     record.seq = call.seq
     state.active = state.active + is_active(record)
     local ids = {}
-    for i = 1, #gate.claimed, WIDTH do ids[#ids + 1] = gate.claimed[i] end
+    for i = 4, #gate.claimed, WIDTH do ids[#ids + 1] = gate.claimed[i] end
     local stored = head .. '\n' .. refused .. '\n' .. table.concat(ids, ' ')
     save(state, was, { 'p:' .. me, write_record(record), 'a:' .. me, stored })
   end
@@ -168,7 +167,7 @@ local function answer_again()
   save(state, was, { 'p:' .. me, write_record(record) })
   local stored = redis.call('HGET', GATE, 'a:' .. me) or ''
   local head, refused, ids = string.match(stored, '^([^\n]*)\n([^\n]*)\n([^\n]*)$')
-  local claimed = {}
+  local claimed = { '', '', '' }
   for id in string.gmatch(ids or '', '%S+') do
     local job, payload = read_job(redis.call('HGET', JOBS, id)), redis.call('GET', 'arq:job:' .. id)
     if job and payload then add_claimed(claimed, id, job, payload) end

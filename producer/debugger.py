@@ -49,7 +49,7 @@ def one_prompt(on_quit: Callable[[], None]) -> Iterator[None]:
 
 class _Prompt(pdb.Pdb):
     def __init__(self, on_quit: Callable[[], None]) -> None:
-        super().__init__()
+        super().__init__(nosigint=True)
         self._on_quit = on_quit
 
     def interaction(self, frame: FrameType | None, *rest: Any) -> None:
@@ -64,7 +64,7 @@ class _Prompt(pdb.Pdb):
                 if not self.quitting:
                     return
                 _over = True
-                self._on_quit()
                 os.kill(os.getpid(), signal.SIGINT)
+            self._on_quit()
             # not BdbQuit: a node would try again, and the item would count as failed
             raise asyncio.CancelledError

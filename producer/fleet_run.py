@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -279,7 +280,8 @@ class FleetRun:
         )
         running = asyncio.create_task(worker.run())
         finished = False
-        with one_prompt(lambda: _hand_back(worker)):
+        loop = asyncio.get_running_loop()
+        with one_prompt(lambda: _hand_back(worker, loop)):
             try:
                 yield _Here(running)
                 finished = True
@@ -298,7 +300,7 @@ class FleetRun:
         self.results = [None] * spool.count
         seen = bytearray(spool.count)
         left = spool.count
-        reader = open_client(place.url)
+        reader, task = open_client(place.url), asyncio.current_task()
         try:
             async for ended in outcomes(reader, self.served.limits.name, self.batch):
                 for each in ended:
@@ -310,6 +312,8 @@ class FleetRun:
                     lines.flush()
                 if not left:
                     break
+                if task is not None and task.cancelling():
+                    raise asyncio.CancelledError  # Python 3.11's wait_for, under redis-py, can lose it
                 failed = hands.failed if hands is not None else None
                 if failed is not None:
                     raise failed
@@ -352,8 +356,9 @@ class FleetRun:
             )
 
 
-def _hand_back(worker: FleetWorker) -> None:
-    """Whatever runs has not failed: it is to be done again."""
+def _hand_back(worker: FleetWorker, loop: asyncio.AbstractEventLoop) -> None:
+    """Take nothing more; whatever runs has not failed, and is to be done again. From any thread."""
+    loop.call_soon_threadsafe(partial(worker.stop, at_once=True))
     for crew in worker.crews:
         for run in list(crew.runs.values()):
             run.ending = "hand"

@@ -55,7 +55,7 @@ def anthropic_error(kind: str = "rate_limit_error") -> dict[str, Any]:
 
 
 def google_error(retry_delay: str | None = None) -> dict[str, Any]:
-    details = [{"@type": "type.googleapis.com/google.rpc.Help", "links": []}]
+    details: list[dict[str, Any]] = [{"@type": "type.googleapis.com/google.rpc.Help", "links": []}]
     if retry_delay is not None:
         info = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": retry_delay}
         details.append(info)

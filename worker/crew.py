@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from worker.fleet_worker import FleetWorker
 
 
+SLICE = 50
+
+
 class Crew:
     """Serves the flows of one limit. Its worker decides how many runs there is room for."""
 
@@ -38,10 +41,19 @@ class Crew:
 
     def take(self, jobs: list[Claimed], start_by: float, stamp: int) -> None:
         self.asked = 0
+        runs = [Run(self, claimed, start_by, stamp) for claimed in jobs]
+        for run in runs:
+            self.runs[run.claimed.id] = run
+        self._start(runs)
+
+    def _start(self, runs: list[Run]) -> None:
+        """Start a slice of the runs, the others a moment later, so that what ends at once is already on its
+        way to the gate while the rest runs."""
         loop = asyncio.get_running_loop()
-        for claimed in jobs:
-            run = self.runs[claimed.id] = Run(self, claimed, start_by, stamp)
+        for run in runs[:SLICE]:
             run.task = loop.create_task(run.execute())
+        if len(runs) > SLICE:
+            loop.call_soon(self._start, runs[SLICE:])
 
     def lost(self, job: str) -> None:
         run = self.runs.get(job)

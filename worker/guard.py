@@ -57,8 +57,9 @@ def guard(
 ) -> None:
     """Make the run of `node`, a copy nobody else uses and that runs once, raise `Refused` when refused.
 
-    Wherever in the node that happens: prep, exec, fallback, post. In a batch node the items that had returned
-    are remembered; in a parallel one the others are cancelled and awaited before `Refused` comes out.
+    Wherever in the node that happens: prep, exec, fallback, post. In a batch node the items that had
+    returned are remembered; in a parallel one the others are cancelled and awaited before `Refused`
+    comes out. (An item that waits before its `exec`, at a gate of a subclass, ends when it gets there.)
 
     Args:
         recognise: asked about every exception; must not raise.
