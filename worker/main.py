@@ -26,7 +26,7 @@ from worker.errors import TargetError, WorkerError
 from worker.fleet_worker import FleetWorker, see_through
 from worker.lifeline import watch_lifeline
 from worker.presence import health_key
-from worker.registry import ServedFlow, said, serve
+from worker.registry import ServedFlow, check_shadows, said, serve
 from worker.settings import WorkerSettings as Settings
 
 CONTROL_QUEUE = ROOT + "control"
@@ -63,9 +63,10 @@ def settings_class() -> type:
 def settings_and_place() -> tuple[Settings, Place]:
     """The settings and the Redis they lead to, or the end of the process with one sentence."""
     try:
+        check_shadows("worker.main")
         settings = load(Settings)
         return settings, find_redis(settings, start=False)
-    except LimiterError as error:
+    except (LimiterError, WorkerError) as error:
         end(error)
 
 

@@ -56,7 +56,15 @@ class ThrottledParallelBatchNode(AsyncParallelBatchNode):  # type: ignore[type-a
     async def _exec(self, items: Any) -> list[Any]:  # type: ignore[override]
         process = await current_process()
         pump = process.pump(self._limits(process.lease_s))
-        return list(await asyncio.gather(*(self._gated(pump, each) for each in items or [])))
+        tasks = [asyncio.ensure_future(self._gated(pump, each)) for each in items or []]
+        try:
+            return list(await asyncio.gather(*tasks))
+        except BaseException:
+            # who still waits at the gate must not call any more once the node is over
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
 
     async def _gated(self, pump: Pump, item: Any) -> Any:
         permit = await acquire(pump)

@@ -7,7 +7,9 @@ import importlib
 import inspect
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import ModuleType
@@ -153,13 +155,9 @@ def refuse_while_importing(call: str) -> None:
 def check_shadows(target: str, module: str = "") -> None:
     """Refuse a module of the user's own that is called like one of our rooms, whichever hides the other."""
     for room in OURS:
-        loaded = getattr(sys.modules.get(room), "__file__", None)
-        if loaded and Path(loaded).resolve().parent.parent != HOME:
-            raise TargetError(target, f"{loaded} hides PocketFleet's own '{room}'; rename it")
-        for own in (Path.cwd() / f"{room}.py", Path.cwd() / room / "__init__.py"):
-            if own.exists() and not _is_ours(own.resolve()):
-                shown = own.relative_to(Path.cwd())
-                raise TargetError(target, f"{shown} has the name of PocketFleet's own '{room}'; rename it")
+        for found in _found(room):
+            if not _is_ours(Path(found).resolve()):
+                raise TargetError(target, f"{found} has the name of PocketFleet's own '{room}'; rename it")
         if room != "pocketfleet" and _installed(room):
             raise TargetError(
                 target,
@@ -167,6 +165,17 @@ def check_shadows(target: str, module: str = "") -> None:
             )
     if module.split(".")[0] in OURS:
         raise TargetError(target, f"'{module.split('.')[0]}' is PocketFleet's own; name a module of yours")
+
+
+def _found(room: str) -> Iterator[str]:
+    """Every file that `import room` could mean, here or in a worker started in this directory."""
+    loaded = getattr(sys.modules.get(room), "__file__", None)
+    if loaded:
+        yield loaded
+    for entry in dict.fromkeys([*sys.path, str(Path.cwd())]):
+        spec = PathFinder.find_spec(room, [entry])
+        if spec and spec.origin:
+            yield spec.origin
 
 
 def _is_ours(found: Path) -> bool:
