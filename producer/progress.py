@@ -67,6 +67,7 @@ class Progress:
         self._started = self._plain_at = time.monotonic()
         self._working_since: float | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._stopping = False
 
     @property
     def done(self) -> int:
@@ -99,6 +100,7 @@ class Progress:
 
     async def stop(self) -> None:
         """The last picture stays on the terminal."""
+        self._stopping = True
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
@@ -108,7 +110,7 @@ class Progress:
             self._live = None
 
     async def _keep_looking(self, client: Redis) -> None:
-        while True:
+        while not self._stopping:  # a cancel alone can be lost in a call to Redis on Python 3.11
             try:
                 self.gate = await read_gate(client, self._limit)
                 serving = [info for info in await living_workers(client) if self._flow in info.flows]
