@@ -84,39 +84,37 @@ end
 
 -- The state as numbers, what it was, and the record of `process`. A poisoned number reads as 0.
 local function load(process)
-  local names = { unpack(FIELDS) }
-  for _, name in ipairs(TEXTS) do names[#names + 1] = name end
-  names[#names + 1] = 'p:' .. process
-  local found = redis.call('HMGET', GATE, unpack(names))
-  local state, was = {}, {}
-  for i, name in ipairs(FIELDS) do
-    local value = tonumber(found[i] or '0') or 0
-    if value ~= value or value == math.huge or value == -math.huge then value = 0 end
-    state[name], was[name] = value, value
+  local was = redis.call('HMGET', GATE, 'p:' .. process, 'woken', 'override', unpack(FIELDS))
+  local record = read_record(was[1])
+  local state = { woken = was[2] or '', override = was[3] or '' }
+  was.woken, was.override = state.woken, state.override
+  for i = 1, #FIELDS do
+    local value = tonumber(was[i + 3] or 0)
+    if not value or value - value ~= 0 then value = 0 end -- infinite or not a number
+    state[FIELDS[i]], was[i + 3] = value, value
   end
-  for i, name in ipairs(TEXTS) do
-    state[name] = found[#FIELDS + i] or ''
-    was[name] = state[name]
-  end
-  return state, was, read_record(found[#names])
+  return state, was, record
 end
 
 -- Write what changed, with `extra` field, value pairs, in one command.
 local function save(state, was, extra)
   local changes = extra or {}
-  for _, name in ipairs(FIELDS) do
-    if state[name] ~= was[name] then
-      changes[#changes + 1] = name
-      changes[#changes + 1] = exact(state[name])
+  local n = #changes
+  for i = 1, #FIELDS do
+    local name = FIELDS[i]
+    local value = state[name]
+    if value ~= was[i + 3] then
+      changes[n + 1], changes[n + 2] = name, exact(value)
+      n = n + 2
     end
   end
   for _, name in ipairs(TEXTS) do
     if state[name] ~= was[name] then
-      changes[#changes + 1] = name
-      changes[#changes + 1] = state[name]
+      changes[n + 1], changes[n + 2] = name, state[name]
+      n = n + 2
     end
   end
-  if #changes > 0 then redis.call('HSET', GATE, unpack(changes)) end
+  if n > 0 then redis.call('HSET', GATE, unpack(changes)) end
 end
 
 local function clock(state)

@@ -188,6 +188,14 @@ async def current_process(settings: FleetSettings | None = None) -> Process:
     return await asyncio.shield(opening)
 
 
+def open_already() -> Process | None:
+    """The process of the running loop if it is open: what `current_process` gives, without a wait."""
+    opening = _of_loop.get(asyncio.get_running_loop())
+    if opening is None or not opening.done() or opening.cancelled() or opening.exception() is not None:
+        return None
+    return opening.result()
+
+
 def _forget_failed(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Process]) -> None:
     if task.cancelled() or task.exception() is not None:
         _of_loop.pop(loop, None)

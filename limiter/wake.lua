@@ -127,11 +127,9 @@ end
 local function header()
   local wait, why = wait_us(), reason()
   if not call.leave then extend_lease() end
-  return table.concat({
-    gate.unknown and 1 or 0, gate.permits, whole(wait), whole(now), whole(state.gen), whole(call.started),
-    whole(state.cut), exact(state.level), whole(state.in_use), whole(gate.used), whole(gate.stamp),
-    whole(state.slack), whole(record.ends - now), why, whole(gate.permit_attempt),
-  }, ' ')
+  return string.format('%d %d %.0f %.0f %.0f %.0f %.0f %s %.0f %.0f %.0f %.0f %.0f %s %.0f',
+    gate.unknown and 1 or 0, gate.permits, wait, now, state.gen, call.started, state.cut, exact(state.level),
+    state.in_use, gate.used, gate.stamp, state.slack, record.ends - now, why, gate.permit_attempt)
 end
 
 local function with_jobs(head, refused, claimed)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
         RedisRefused,
         SettingsError,
     )
-    from limiter.permit import Permit, limit
+    from limiter.limit import limit
+    from limiter.permit import Permit
     from limiter.refusal import RateLimitHit
     from producer.adaptive import AdaptiveThrottledBatchFlow
     from producer.errors import InputError, ParamsError, ProducerError, SpoolError
@@ -60,7 +61,8 @@ _HOMES = {
         "RedisRefused",
         "SettingsError",
     ),
-    "limiter.permit": ("Permit", "limit"),
+    "limiter.limit": ("limit",),
+    "limiter.permit": ("Permit",),
     "limiter.refusal": ("RateLimitHit",),
     "producer.adaptive": ("AdaptiveThrottledBatchFlow",),
     "producer.errors": ("InputError", "ParamsError", "ProducerError", "SpoolError"),

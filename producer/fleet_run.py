@@ -26,7 +26,7 @@ from producer.debugger import one_prompt
 from producer.errors import ProducerError, WorkersError
 from producer.flows import FlowFailed, ThrottledAsyncParallelBatchFlow, found_name
 from producer.follow import Ended, outcomes
-from producer.lines import LineFile
+from producer.lines import LineFile, check_writable
 from producer.local_workers import LocalWorkers, checked_workers
 from producer.merge import Conflict, Merger
 from producer.progress import Progress
@@ -120,6 +120,8 @@ class FleetRun:
 
     async def go(self) -> Any:
         """Enqueue, follow, merge; returns what the flow's `post_async` returns."""
+        if self.output is not None:
+            check_writable(self.output)
         async with self._redis(start=True) as (client, place):
             prepared, items, where = await self._items()
             with BatchLock(self.settings.data_dir, self.batch):
@@ -187,11 +189,12 @@ class FleetRun:
     @contextlib.asynccontextmanager
     async def _redis(self, *, start: bool) -> AsyncIterator[tuple[Redis, Place]]:
         place = await asyncio.to_thread(find_redis, self.settings, start=start)
-        client = open_retrying_client(place.url)
+        hasty, client = open_retrying_client(place.url, retries=1), open_retrying_client(place.url)
         try:
-            await checked_connection(client, place.shown)
+            await checked_connection(hasty, place.shown)
             yield client, place
         finally:
+            await hasty.aclose()
             await client.aclose()
             await asyncio.to_thread(place.close)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import msgspec
 
@@ -18,13 +19,7 @@ class LineFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: IO[bytes] = path.open("wb")
-        except OSError as error:
-            raise InputError(
-                f"--output {path} cannot be written: {error.strerror}", source=str(path)
-            ) from None
+        self._file = _opened(path, "wb")
 
     def write(self, ended: Ended, params: dict[str, Any]) -> None:
         self._file.write(line_of(ended, params) + b"\n")
@@ -34,6 +29,26 @@ class LineFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a path that could not be written, before anything is enqueued; what stands there stays.
+
+    Raises:
+        InputError: names the path and why.
+    """
+    new = not os.path.exists(path)  # Path.exists may raise
+    _opened(path, "ab").close()
+    if new:
+        path.unlink()
+
+
+def _opened(path: Path, mode: str) -> IO[bytes]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return cast(IO[bytes], path.open(mode))
+    except OSError as error:
+        raise InputError(f"--output {path} cannot be written: {error.strerror}", source=str(path)) from None
 
 
 def line_of(ended: Ended, params: dict[str, Any]) -> bytes:

@@ -17,8 +17,9 @@ import redis
 
 from limiter.errors import AdmissionTimeout, LeaseLost, LimitsError
 from limiter.keys import GateKeys
+from limiter.limit import limit
 from limiter.limits import Limits
-from limiter.permit import acquire, limit
+from limiter.permit import acquire
 from limiter.process import Process, current_process
 from limiter.pump import Pump
 from tests import fleet, servers

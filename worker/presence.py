@@ -49,11 +49,11 @@ def our_version() -> str:
 
 
 class Presence:
-    """Announces one worker every third of a lease; silent for two leases, it is forgotten."""
+    """Announces one worker every two thirds of a lease; silent for two leases, it is forgotten."""
 
     def __init__(self, process: Process, served: list[ServedFlow], running: Callable[[], int]) -> None:
         self._client = process.client
-        self._every_s = process.lease_s / 3
+        self._every_s = process.lease_s * 2 / 3
         self._running = running
         self._info = WorkerInfo(
             process=process.id,
@@ -75,7 +75,7 @@ class Presence:
 
     async def _say(self) -> None:
         self._info.running = self._running()
-        lifetime_ms = round(self._every_s * 6000)
+        lifetime_ms = round(self._every_s * 3000)
         data = msgspec.json.encode(self._info)
         async with self._client.pipeline(transaction=False) as pipe:
             pipe.set(worker_key(self._info.process), data, px=lifetime_ms)

@@ -83,9 +83,11 @@ def find_flow(target: str) -> FleetFlow:
 def checked_flow(found: Any, target: str, near: str = "") -> FleetFlow:
     """`found` if it is a flow that a fleet can run; `near` says what else may have been meant."""
     if not isinstance(found, Flow) or not hasattr(found, "fleet_limits"):
-        kind = type(found).__name__
-        what = f"is a {kind}" if isinstance(found, BaseNode) else f"is {_some(kind)}, not a flow"
-        raise TargetError(target, f"{what}; name a ThrottledAsyncParallelBatchFlow{near}")
+        other = "" if isinstance(found, BaseNode) else ", not a flow"
+        raise TargetError(
+            target,
+            f"is {_some(type(found).__name__)}{other}; name a ThrottledAsyncParallelBatchFlow{near}",
+        )
     if found.start_node is None:
         raise TargetError(target, f"{type(found).__name__} has no start node; make it with start={near}")
     return cast(FleetFlow, found)
@@ -194,9 +196,10 @@ def _installed(room: str) -> bool:
 
 
 def _near(attribute: str, module: ModuleType) -> str:
-    flows = [name for name, value in vars(module).items() if hasattr(value, "fleet_limits")]
-    flows = [name for name in flows if isinstance(vars(module)[name], Flow) and name != attribute]
-    close = difflib.get_close_matches(attribute, flows, 1, 0.4) or flows[:1]
+    flows = [name for name, value in vars(module).items() if isinstance(value, Flow) and name != attribute]
+    flows = [name for name in flows if hasattr(vars(module)[name], "fleet_limits")]
+    flows = [name for name in flows if vars(module)[name].start_node is not None]
+    close = difflib.get_close_matches(attribute, flows, 1, 0.5) or flows[:1]
     return f"; did you mean {module.__name__}:{close[0]}?" if close else ""
 
 

@@ -144,7 +144,7 @@ class _Walker:
                 action = await self.whole(step, awaited)
             start = ()
             origin = flow.get_next_node(node, action)
-            node = copy.copy(origin)
+            node = copy.copy(origin) if origin else None
         return action
 
     async def whole(self, step: NodeStep, awaited: bool) -> Any:
