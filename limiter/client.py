@@ -6,18 +6,24 @@ Only reads and calls that may run twice belong on `open_retrying_client`.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
-from functools import cache
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import hiredis
 import redis
 from redis.asyncio import ConnectionPool, Redis
-from redis.asyncio.connection import parse_url
+from redis.asyncio.connection import (
+    AbstractConnection,
+    Connection,
+    SSLConnection,
+    UnixDomainSocketConnection,
+    parse_url,
+)
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import (
@@ -129,7 +135,62 @@ def _address(pool: Any) -> str:
     return f"{options.get('host', 'localhost')}:{options.get('port', 6379)}/{options.get('db', 0)}"
 
 
+class _Sends(AbstractConnection):
+    """Sends as redis-py should.
+
+    redis-py sends under `asyncio.wait_for`: on Python 3.11 it loses a cancel that comes while the bytes
+    have just gone out, and it costs a task per call. And it packs arguments one by one in Python.
+    """
+
+    def pack_command(self, *args: Any) -> list[bytes]:
+        if args[0] == "EVALSHA":
+            return [hiredis.pack_command(args)]
+        return list(super().pack_command(*args))
+
+    async def send_packed_command(
+        self, command: bytes | str | Iterable[bytes], check_health: bool = True
+    ) -> None:
+        if not self.is_connected:
+            await self.connect()  # type: ignore[no-untyped-call]
+        elif check_health:
+            await self.check_health()  # type: ignore[no-untyped-call]
+        data = command.encode() if isinstance(command, str) else command
+        try:
+            async with asyncio.timeout(self.socket_timeout):
+                await self._send_packed_command([data] if isinstance(data, bytes) else data)
+        except BaseException as error:
+            await self.disconnect(nowait=True)
+            if isinstance(error, TimeoutError):
+                raise redis.TimeoutError("Timeout writing to socket") from None
+            if isinstance(error, OSError):
+                raise redis.ConnectionError(f"Error while writing to socket: {error}") from error
+            raise
+
+
+class _Tcp(_Sends, Connection):
+    pass
+
+
+class _Tls(_Sends, SSLConnection):
+    pass
+
+
+class _Unix(_Sends, UnixDomainSocketConnection):
+    pass
+
+
+OURS: dict[type[AbstractConnection], type[AbstractConnection]] = {
+    Connection: _Tcp,
+    SSLConnection: _Tls,
+    UnixDomainSocketConnection: _Unix,
+}
+
+
 class _Pool(ConnectionPool):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.connection_class = OURS.get(self.connection_class, self.connection_class)
+
     def __repr__(self) -> str:
         return f"<pool of {_address(self)}>"
 
@@ -150,22 +211,7 @@ class _SyncClient(redis.Redis):
 
 
 def _opened(url: str, options: dict[str, Any], **more: Any) -> Redis:
-    pool = _Pool.from_url(url, **(options | more))
-    kind: Any = pool.connection_class
-    pool.connection_class = _packing(kind)
-    return _Client.from_pool(pool)
-
-
-@cache
-def _packing(kind: Any) -> Any:
-    """`kind` with scripts' arguments packed in C: redis-py's asyncio packs them one by one in Python."""
-
-    def pack_command(self: Any, *args: Any) -> list[bytes]:
-        if args[0] == "EVALSHA":
-            return [hiredis.pack_command(args)]
-        return list(kind.pack_command(self, *args))
-
-    return type(f"Packing{kind.__name__}", (kind,), {"pack_command": pack_command})
+    return _Client.from_pool(_Pool.from_url(url, **(options | more)))
 
 
 def _options(url: str) -> dict[str, Any]:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from limiter.client import checked_connection, open_retrying_client
-from limiter.connect import find_redis
 from limiter.errors import LimitsError
-from limiter.limits import checked_name
-from limiter.settings import FleetSettings, load
-from limiter.view import GateView, known_limits, read_gate
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from limiter.settings import FleetSettings
+    from limiter.view import GateView
 
 limits = typer.Typer(help="The limits of the fleet.", no_args_is_help=True)
 
@@ -32,6 +31,11 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
     """Show limits: level, slots in use, starts in the window, and what holds the next run back."""
+    from rich.console import Console
+
+    from limiter.limits import checked_name
+    from limiter.settings import FleetSettings, load
+
     if name is not None:
         checked_name(name.replace(":", "."))
     views = asyncio.run(_views(load(FleetSettings), name.replace(":", ".") if name else None))
@@ -44,6 +48,10 @@ def show(
 
 
 async def _views(settings: FleetSettings, name: str | None) -> list[GateView]:
+    from limiter.client import checked_connection, open_retrying_client
+    from limiter.connect import find_redis
+    from limiter.view import known_limits, read_gate
+
     place = find_redis(settings, start=False)
     client = open_retrying_client(place.url, retries=1)
     try:
@@ -60,6 +68,8 @@ async def _views(settings: FleetSettings, name: str | None) -> list[GateView]:
 
 
 def _table(views: list[GateView]) -> Table:
+    from rich.table import Table
+
     table = Table(
         "limit", "in use", "level", "max", "starts", "waiting", "held back by", box=None, header_style="bold"
     )
