@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,8 @@ class GateView:
         if self.closed_for_s > 0:
             return f"cold start: admits again in {self.closed_for_s:.0f} s"
         if self.paused_for_s > 0:
-            return f"pause for {self.paused_for_s:.0f} s more"
+            until = time.strftime("%H:%M:%S", time.localtime(time.time() + self.paused_for_s))
+            return f"pause asked for by the provider, {self.paused_for_s:.0f} s more, until {until}"
         if self.max_per_window and self.used >= self.max_per_window:
             return (
                 f"window: {self.used} of {self.max_per_window} starts in {self.window_s:g} s, "
@@ -60,6 +62,8 @@ class GateView:
             )
         if self.in_use >= int(self.level):
             return f"level: {self.in_use} of {int(self.level)} at a time"
+        if not self.served and any(self.waiting_jobs.values()):
+            return "no worker lives"
         return ""
 
 

@@ -248,7 +248,7 @@ TABLE = [
 ]
 
 
-COMMANDS = (f"run users:flow {GIVEN}", f"enqueue users:flow {GIVEN}", "worker users:flow", "workers --check")
+COMMANDS = (f"run users:flow {GIVEN}", f"enqueue users:flow {GIVEN}", "worker users:flow", "workers")
 COMMANDS += ("limits show", "batch status b")
 
 

@@ -56,10 +56,17 @@ def workers(
     import msgspec
     from rich.console import Console
 
+    from limiter.errors import LimiterError
     from limiter.settings import load
     from worker.settings import WorkerSettings
 
-    found = asyncio.run(_living(load(WorkerSettings)))
+    try:
+        found = asyncio.run(_living(load(WorkerSettings)))
+    except LimiterError as error:
+        if not check:
+            raise
+        typer.echo(f"pocketfleet: {error}", err=True)
+        raise typer.Exit(1) from None
     if check:
         here = [info for info in found if info.host == socket.gethostname()]
         typer.echo(
