@@ -15,14 +15,14 @@ from limiter.keys import wake_channel
 
 log = logging.getLogger("pocketfleet.limiter")
 
-PING_AFTER_S = 3.0
-DEAD_AFTER_S = 6.0
+PING_AFTER_S = 4.0
+DEAD_AFTER_S = 7.0
 
 
 class WakeCalls:
     """Listens on the process' channel and passes `(limit, wait_s)` to `ring`.
 
-    A half-open connection shows as silence: after 3 silent seconds it is pinged, after 6 it is opened
+    A half-open connection shows as silence: after 4 silent seconds it is pinged, after 7 it is opened
     anew. `on_new_connection` runs after each reconnection, since messages may have been missed.
     """
 

@@ -55,6 +55,7 @@ class Presence:
         self._client = process.client
         self._every_s = process.lease_s * 2 / 3
         self._running = running
+        self._said = 0
         self._info = WorkerInfo(
             process=process.id,
             host=HOST,
@@ -80,9 +81,11 @@ class Presence:
         async with self._client.pipeline(transaction=False) as pipe:
             pipe.set(worker_key(self._info.process), data, px=lifetime_ms)
             pipe.zadd(WORKERS, {self._info.process: time.time() + lifetime_ms / 1000})
-            pipe.pexpire(WORKERS, lifetime_ms)
+            if self._said % 10 == 0:
+                pipe.pexpire(WORKERS, 20 * lifetime_ms)
             pipe.set(health_key(), f"j_ongoing={self._info.running}", px=lifetime_ms)
             await pipe.execute()
+        self._said += 1
 
     async def leave(self) -> None:
         with contextlib.suppress(RedisError, OSError, TimeoutError):
