@@ -22,9 +22,6 @@
 from __future__ import annotations
 
 ROOT = "pocketfleet:"
-IN_PROGRESS = "arq:in-progress:"
-PAYLOAD = "arq:job:"
-RESULT = "arq:result:"
 BATCHES = ROOT + "batches"
 WORKERS = ROOT + "workers"
 

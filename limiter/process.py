@@ -146,10 +146,6 @@ class Process:
             log.warning("redis.back after_s=%.1f", monotonic() - self._trouble_since)
             self._trouble_since = None
 
-    @property
-    def in_trouble(self) -> bool:
-        return self._trouble_since is not None
-
 
 def _values(limits: Limits) -> str:
     return f"max_concurrent={limits.max_concurrent}, max_per_minute={limits.max_per_window}"

@@ -74,6 +74,7 @@ class Pump:
         self._remember_until = 0.0
         self._override = ""
         self._reset = False
+        self._in_flight: Call | None = None
         self._lease_watch: asyncio.TimerHandle | None = None
         self._contact: list[asyncio.Future[None]] = []
         self.joined = False
@@ -194,11 +195,12 @@ class Pump:
                 await self._line.close()
 
     async def _exchange(self) -> None:
-        call = self._compose()
+        call = self._in_flight = self._compose()
         first_sent = monotonic()
         try:
             reply, sent = await self._ask(call)
         except _NoValues:
+            self._in_flight = None
             self._forget(call)
             return
         try:
@@ -207,6 +209,7 @@ class Pump:
             # a fault of ours must not end the only task that keeps the lease
             log.exception("pump.fault limit=%s", self.name)
             self.kick()
+        self._in_flight = None
 
     def _wanted(self) -> bool:
         return bool(self._waiters or self._crew or self.held)
@@ -375,6 +378,9 @@ class Pump:
         if not self.joined:
             return
         self.joined = False
+        if self._in_flight is not None:
+            # cancelled in the middle of a call: whether it was heard is unknown, and entries may come twice
+            self._news.add_first(self._in_flight.entries)
         call = self._compose()
         call.held, call.permits, call.jobs, call.leave = 0, 0, 0, True
         call.entries += [Entry(e.job, e.attempt, e.flow, "hand") for e in self._claims.values()]

@@ -22,6 +22,7 @@ from limiter.limits import Limits
 from limiter.permit import acquire
 from limiter.process import Process, current_process
 from limiter.pump import Pump
+from limiter.sync import Entry
 from tests import fleet, servers
 from tests.fleet import Site, until
 
@@ -388,3 +389,34 @@ async def another_process() -> Process:
     from limiter.process import open_process
 
     return await open_process(os.environ["POCKETFLEET_REDIS_URL"], lease_s=LEASE_S)
+
+
+def test_a_pump_cancelled_in_the_middle_of_a_call_sends_its_outcomes_once_more() -> None:
+    async def go() -> list[list[str]]:
+        clients = [fakeredis.FakeAsyncRedis(server=fakeredis.FakeServer(version=(7,))) for _ in range(2)]
+        process = Process(*clients, lease_s=LEASE_S)
+        pump = Pump(process, Limits("l", 1))
+        sent: list[list[str]] = []
+        answer = pump._line.call
+        stuck = asyncio.Event()
+
+        async def call(keys: Any, args: list[Any]) -> Any:
+            sent.append([entry for entry in map(str, args) if entry == "{l}:b:0"])
+            if len(sent) == 2:  # the reply of the call that carries the outcome never comes
+                stuck.set()
+                await asyncio.Event().wait()
+            return await answer(keys, args)
+
+        pump._line.call = call  # type: ignore[method-assign]
+        serving = asyncio.create_task(pump.serve())
+        permit = await acquire(pump)
+        pump.settle(Entry("{l}:b:0", 1, 1, "completed", b"out"))
+        await stuck.wait()
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        assert permit.attempt
+        for client in clients:
+            await client.aclose()
+        return sent
+
+    assert asyncio.run(go()) == [[], ["{l}:b:0"], ["{l}:b:0"]]

@@ -9,7 +9,7 @@ from typing import Any
 
 from limiter.keys import GateKeys
 from limiter.process import Process
-from worker.crew import Crew
+from worker.crew import SLICE, Crew
 from worker.presence import Presence
 from worker.registry import ServedFlow
 from worker.run import Run
@@ -150,6 +150,10 @@ class FleetWorker:
             await asyncio.wait(tasks, timeout=1.0 if self._hurry.is_set() else 5.0)
 
     async def _let_finish(self) -> None:
+        for _ in range(1 + self.running // SLICE):
+            await asyncio.sleep(0)  # the last slices of a claim start a moment later
+        if not self._tasks():
+            return
         hurry = asyncio.ensure_future(self._hurry.wait())
         finished = asyncio.ensure_future(asyncio.wait(self._tasks()))
         both: list[asyncio.Future[Any]] = [hurry, finished]

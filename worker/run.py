@@ -281,4 +281,8 @@ class Run:
 
     def _give_up(self, served: ServedFlow, base: dict[Any, Any], shared: dict[Any, Any]) -> None:
         if self.ending == "hand":
-            settle(self, "hand", first=self._save(served, base, shared))
+            before = read_checkpoint(self.claimed.saved) or Checkpoint([], [])
+            kept = self._save(
+                served, base, shared, refused_at=before.refused_at, forgiven_s=before.forgiven_s
+            )
+            settle(self, "hand", first=kept)
