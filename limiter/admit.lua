@@ -48,22 +48,22 @@ end
 
 local function first_ticket() return redis.call('ZRANGE', TICKETS, 0, 0)[1] end
 
-local function take_ticket()
+local function take_ticket(process)
   state.ticket = state.ticket + 1
-  if redis.call('ZADD', TICKETS, whole(state.ticket), me) == 1 then
+  if redis.call('ZADD', TICKETS, whole(state.ticket), process) == 1 then
     state.waiting = state.waiting + 1
     if state.waiting == 1 then expire(TICKETS) end
   end
 end
 
-local function set_kind(kind)
-  state.callers = state.callers + (kind == 'p' and 1 or 0) - (record.kind == 'p' and 1 or 0)
-  record.kind = kind
+local function set_kind(of, kind)
+  state.callers = state.callers + (kind == 'p' and 1 or 0) - (of.kind == 'p' and 1 or 0)
+  of.kind = kind
 end
 
-local function drop_ticket()
-  if record.kind ~= '-' and redis.call('ZREM', TICKETS, me) == 1 then state.waiting = state.waiting - 1 end
-  set_kind('-')
+local function drop_ticket(process, of)
+  if of.kind ~= '-' and redis.call('ZREM', TICKETS, process) == 1 then state.waiting = state.waiting - 1 end
+  set_kind(of, '-')
 end
 
 -- A head that was told to call and stays silent while something is free goes to the tail until it calls.
@@ -77,6 +77,10 @@ local function pass_over_silent_head()
   end
 end
 
+local function fair_share()
+  return math.max(1, math.ceil(math.floor(state.level) / math.max(1, state.active + 1)))
+end
+
 -- How many of the free places this process may take. Between processes it goes round by ticket; one
 -- that finished something takes its next jobs in the same call up to its fair share.
 local function turn()
@@ -84,11 +88,9 @@ local function turn()
   if call.leave or free <= 0 then return 0 end
   local others = state.waiting - (record.kind ~= '-' and 1 or 0)
   if others <= 0 then return free end
-  local share = math.ceil(math.floor(state.level) / math.max(1, state.active + 1))
-  local head = first_ticket()
-  if head == me then return math.min(free, math.max(1, share)) end
+  if first_ticket() == me then return math.min(free, fair_share()) end
   if ended > 0 and call.permits == 0 and state.callers == 0 then
-    return math.max(0, math.min(free, ended, share - record.held))
+    return math.max(0, math.min(free, ended, fair_share() - record.held))
   end
   return 0
 end
@@ -196,7 +198,8 @@ end
 
 -- Who was refused by the gate waits by ticket; who got part of it, at the tail.
 local function queue_up()
-  if not gate.refuses then return drop_ticket() end
-  if gate.given > 0 or record.kind == '-' then take_ticket() end
-  set_kind(gate.permits < call.permits and 'p' or 'j')
+  record.want = call.permits - gate.permits
+  if not gate.refuses then return drop_ticket(me, record) end
+  if gate.given > 0 or record.kind == '-' then take_ticket(me) end
+  set_kind(record, record.want > 0 and 'p' or 'j')
 end

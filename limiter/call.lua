@@ -103,7 +103,7 @@ local function join()
   if gate.unknown then call.permits, call.jobs = 0, 0 end
   if not record then
     state.processes = state.processes + 1
-    record = { number = state.processes, held = 0, seq = 0, kind = '-', idle = false, flows = 0, ends = 0 }
+    record = { number = state.processes, held = 0, seq = 0, kind = '-', idle = false, flows = 0, ends = 0, want = 0 }
     state.touched = 0
   end
   if record.flows ~= flow_count then

@@ -64,18 +64,19 @@ local function exact(number)
 end
 
 local function read_record(text)
-  local n, held, seq, extended, kind, idle, flows, ends =
-    string.match(text or '', '^(%d+) (%d+) (%d+) (%d) (%S) (%d) (%d+) (%d+)$')
+  local n, held, seq, extended, kind, idle, flows, ends, want =
+    string.match(text or '', '^(%d+) (%d+) (%d+) (%d) (%S) (%d) (%d+) (%d+) (%d+)$')
   if not n then return nil end
   return {
     number = tonumber(n), held = tonumber(held), seq = tonumber(seq), extended = extended == '1',
     kind = kind, idle = idle == '1', flows = tonumber(flows), ends = tonumber(ends),
+    want = tonumber(want), -- permits it still waits for, as far as it has said
   }
 end
 
 local function write_record(r)
-  return string.format('%.0f %.0f %.0f %d %s %d %.0f %.0f', r.number, r.held, r.seq,
-    r.extended and 1 or 0, r.kind, r.idle and 1 or 0, r.flows, r.ends)
+  return string.format('%.0f %.0f %.0f %d %s %d %.0f %.0f %.0f', r.number, r.held, r.seq,
+    r.extended and 1 or 0, r.kind, r.idle and 1 or 0, r.flows, r.ends, r.want)
 end
 
 local function is_active(record)
@@ -165,10 +166,11 @@ local function write_job(job)
     job.saved and 1 or 0, job.flow)
 end
 
-local function publish(process, wait_us)
-  local limit = string.match(GATE, '{(.-)}')
-  redis.call('PUBLISH', 'pocketfleet:wake:' .. process, limit .. ' ' .. whole(wait_us))
+local function tell(process, words)
+  redis.call('PUBLISH', 'pocketfleet:wake:' .. process, string.match(GATE, '{(.-)}') .. ' ' .. words)
 end
+
+local function publish(process, wait_us) tell(process, whole(wait_us)) end
 
 -- Wake the process that has stood idle for the flow the longest; one that never hears asks by itself.
 local function wake_idle(flow, count)

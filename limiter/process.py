@@ -23,6 +23,7 @@ from limiter.limits import Limits
 from limiter.pump import Pump
 from limiter.renewal import Renewal
 from limiter.settings import FleetSettings, load
+from limiter.sync import Grant
 from limiter.wake import WakeCalls
 
 log = logging.getLogger("pocketfleet.limiter")
@@ -120,10 +121,10 @@ class Process:
         while self._closers:
             self._closers.pop()()
 
-    def _ring(self, limit: str, wait_s: float) -> None:
+    def _ring(self, limit: str, what: float | Grant) -> None:
         pump = self.pumps.get(limit)
         if pump is not None:
-            pump.wake(wait_s)
+            pump.granted(what) if isinstance(what, Grant) else pump.wake(what)
 
     def _ask_all(self) -> None:
         for pump in self.pumps.values():

@@ -23,7 +23,7 @@ from limiter.limits import Limits
 from limiter.line import Line
 from limiter.news import News
 from limiter.permit import Permit
-from limiter.sync import OK, SYNC, UNKNOWN, Answer, Call, Claimed, Entry, read_answer
+from limiter.sync import OK, SYNC, UNKNOWN, Answer, Call, Claimed, Entry, Grant, read_answer
 
 if TYPE_CHECKING:
     from limiter.process import Process
@@ -75,6 +75,11 @@ class Pump:
         self._override = ""
         self._reset = False
         self._in_flight: Call | None = None
+        self._early: list[Grant] = []  # grants that overtook the answer they belong to
+        self._last_grant = 0
+        self._answered_sent = 0.0  # when the call of the last answer was first sent, monotonic s
+        self._answered_now = 0  # the gate's time in that answer, us
+        self._known_waiters = 0  # waiters that the gate has heard of and not served
         self._lease_watch: asyncio.TimerHandle | None = None
         self._contact: list[asyncio.Future[None]] = []
         self.joined = False
@@ -166,6 +171,30 @@ class Pump:
         else:
             self._alarm.bring_forward(monotonic() + wait_s)
 
+    def granted(self, grant: Grant) -> None:
+        """The gate gave permits to the waiters here, after it answered call `grant.seq`.
+
+        Void if a later call was composed: that one says what is held without them.
+        """
+        if grant.seq != self._seq or not self.joined or grant.attempt <= self._last_grant:
+            return
+        if self._in_flight is not None:
+            self._early.append(grant)
+            return
+        self._last_grant = grant.attempt
+        if not self.safe:
+            self.kick()
+            return
+        # the gate's clock ran from its answer to the grant, and no answer is older than its call
+        granted_at = min(monotonic(), self._answered_sent + (grant.now - self._answered_now) / 1e6)
+        self._remember_start(grant.stamp)
+        start_by = granted_at + grant.slack_s if grant.stamp else float("inf")
+        self._hand_out_permits(grant.attempt, grant.count, grant.stamp, start_by)
+        self._known_waiters -= grant.count
+        self._watch_lease()
+        if len(self._waiters) > self._known_waiters:
+            self.kick()
+
     @property
     def safe(self) -> bool:
         """Whether the lease surely still holds."""
@@ -210,6 +239,9 @@ class Pump:
             log.exception("pump.fault limit=%s", self.name)
             self.kick()
         self._in_flight = None
+        early, self._early = self._early, []
+        for grant in early:
+            self.granted(grant)
 
     def _wanted(self) -> bool:
         return bool(self._waiters or self._crew or self.held)
@@ -296,16 +328,22 @@ class Pump:
         if answer.status == UNKNOWN:
             self._news.add_first(self._claims.values())
             self.kick()
-        if answer.stamp:
-            self._remember_until = monotonic() + (self.limits.window_s if self.limits else 60.0)
+        self._answered_sent, self._answered_now = first_sent, answer.now
+        self._known_waiters = call.permits - answer.permits
+        self._remember_start(answer.stamp)
         start_by = first_sent + answer.slack_s if answer.stamp else float("inf")
-        self._hand_out_permits(answer, start_by)
+        self._hand_out_permits(answer.attempt, answer.permits, answer.stamp, start_by)
         self._hand_out_jobs(answer, start_by)
         self._watch_lease()
         for waiter in self._contact:
             if not waiter.done():
                 waiter.set_result(None)
         self._contact.clear()
+
+    def _remember_start(self, stamp: int) -> None:
+        """While a start of ours is younger than the window, we remember the gate."""
+        if stamp:
+            self._remember_until = monotonic() + (self.limits.window_s if self.limits else 60.0)
 
     @property
     def margin_s(self) -> float:
@@ -325,10 +363,9 @@ class Pump:
                 if self._crew:
                     self._crew.lost(job)
 
-    def _hand_out_permits(self, answer: Answer, start_by: float) -> None:
-        first_attempt = answer.attempt - answer.permits + 1
-        for number in range(answer.permits):
-            permit = Permit(self, first_attempt + number, answer.stamp, start_by)
+    def _hand_out_permits(self, attempt: int, count: int, stamp: int, start_by: float) -> None:
+        for number in range(attempt - count + 1, attempt + 1):
+            permit = Permit(self, number, stamp, start_by)
             self._permits.add(permit)
             self.held += 1
             while self._waiters:

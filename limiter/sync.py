@@ -118,6 +118,37 @@ class Answer:
     jobs: list[Claimed]
 
 
+@dataclass(slots=True)
+class Grant:
+    """Permits that the gate gave a waiting process inside its wake message.
+
+    It belongs to the process's call number `seq`: it is void once a later call was made, which says what is
+    held without it. `attempt` is the number of the last of the `count` permits.
+    """
+
+    seq: int
+    count: int
+    attempt: int
+    stamp: int
+    slack_s: float
+    now: int
+
+
+def read_wake(message: bytes) -> tuple[str, float | Grant]:
+    """A wake message: the limit, and in how many seconds to call or what is granted.
+
+    >>> read_wake(b"users 1500000")
+    ('users', 1.5)
+    >>> read_wake(b"users grant 7 2 1000000900 0 250000 1000000000")
+    ('users', Grant(seq=7, count=2, attempt=1000000900, stamp=0, slack_s=0.25, now=1000000000))
+    """
+    limit, *words = message.decode().split(" ")
+    if words[0] != "grant":
+        return limit, int(words[0]) / 1e6
+    seq, count, attempt, stamp, slack, now = map(int, words[1:])
+    return limit, Grant(seq, count, attempt, stamp, slack / 1e6, now)
+
+
 def read_answer(reply: Sequence[Any]) -> Answer:
     """Decode the reply of `sync.lua` (bytes, as redis-py gives it)."""
     head = reply[0].decode().split(" ")

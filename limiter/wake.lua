@@ -10,6 +10,28 @@ local function next_free()
   return now
 end
 
+-- Grant the head what it waits for, in its wake message: it need not ask. Not beyond its fair share, so that
+-- one that is frozen gets no more than it might have held anyway. The grant belongs to the head's last call:
+-- it is void once the head has made another, whose absolute `held` takes it back.
+local function grant_head()
+  local head = first_ticket()
+  if not head or head == me then return false end
+  local record = read_record(redis.call('HGET', GATE, 'p:' .. head))
+  if not record or record.kind ~= 'p' then return false end
+  local count = math.min(gate.free, record.want, fair_share() - record.held)
+  if count <= 0 then return false end
+  local stamp = stamp_starts(count)
+  state.attempt = state.attempt + count
+  state.in_use = state.in_use + count
+  gate.free, gate.used = gate.free - count, gate.used + (gate.rate > 0 and count or 0)
+  record.held, record.want = record.held + count, record.want - count
+  if record.want > 0 then take_ticket(head) else drop_ticket(head, record) end
+  redis.call('HSET', GATE, 'p:' .. head, write_record(record))
+  tell(head, string.format('grant %.0f %.0f %.0f %.0f %.0f %.0f', record.seq, count, state.attempt, stamp,
+    state.slack, now))
+  return true
+end
+
 -- Only the head has a timer and only the head is woken; it gets the time at which it is due.
 local function wake_head()
   local due = gate.due
@@ -75,6 +97,8 @@ end
 local function wake()
   local was_idle = record.idle
   stand_idle(not call.leave and not gate.more and call.jobs > gate.jobs)
+  local most = 16 -- in one call; the head of those left is told to call
+  while gate.free > 0 and state.waiting > 0 and most > 0 and grant_head() do most = most - 1 end
   gate.due = next_free()
   gate.head = wake_head()
   if gate.free > 0 and not gate.head and gate.more then returned_flows[gate.more] = true end
@@ -117,7 +141,7 @@ local function wait_us()
 end
 
 local function leave()
-  drop_ticket()
+  drop_ticket(me, record)
   stand_idle(false)
   state.in_use = math.max(0, state.in_use - record.held)
   redis.call('ZREM', LEASES, me)

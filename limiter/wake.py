@@ -1,4 +1,5 @@
-"""Wake-ups: one subscription per event loop. A message is only a hint; losing one is harmless."""
+"""Wake-ups: one subscription per event loop. A lost message costs time only: a hint is asked for again, and
+a grant goes back with the next call, whose `held` is absolute."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
 from limiter.keys import wake_channel
+from limiter.sync import Grant, read_wake
 
 log = logging.getLogger("pocketfleet.limiter")
 
@@ -20,7 +22,7 @@ DEAD_AFTER_S = 7.0
 
 
 class WakeCalls:
-    """Listens on the process' channel and passes `(limit, wait_s)` to `ring`.
+    """Listens on the process' channel and passes each message to `ring`: the limit, and when to call or a grant.
 
     A half-open connection shows as silence: after 4 silent seconds it is pinged, after 7 it is opened
     anew. `on_new_connection` runs after each reconnection, since messages may have been missed.
@@ -30,7 +32,7 @@ class WakeCalls:
         self,
         client: Redis,
         process: str,
-        ring: Callable[[str, float], None],
+        ring: Callable[[str, float | Grant], None],
         on_new_connection: Callable[[], None],
     ) -> None:
         self._client = client
@@ -71,8 +73,7 @@ class WakeCalls:
                 self.ready.set()
                 self._on_new_connection()
             elif message["type"] == "message":
-                limit, _, wait_us = message["data"].decode().rpartition(" ")
-                self._ring(limit, int(wait_us) / 1e6)
+                self._ring(*read_wake(message["data"]))
 
 
 async def _close(pubsub: PubSub) -> None:

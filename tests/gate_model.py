@@ -24,7 +24,7 @@ import producer
 from limiter.keys import GateKeys, wake_channel
 from limiter.limits import Limits
 from limiter.script import sync_script
-from limiter.sync import RENEW, SYNC, Answer, Call, Entry, read_answer
+from limiter.sync import RENEW, SYNC, Answer, Call, Entry, Grant, read_answer, read_wake
 
 ENQUEUE = Path(producer.__file__).with_name("enqueue.lua")
 T0 = 10**15
@@ -55,6 +55,8 @@ class Gate:
         self._pubsub.psubscribe(wake_channel("*"))
         self.heard: list[tuple[str, int]] = []
         """Wake messages not yet taken: process, us to wait."""
+        self.granted: list[tuple[str, Grant]] = []
+        """Grants in wake messages, not yet taken by the ledger."""
         self._collect()
 
     def sync(self, call: Call, now: int) -> list[Any]:
@@ -77,6 +79,10 @@ class Gate:
         taken, self.heard = self.heard, []
         return taken
 
+    def take_grants(self) -> list[tuple[str, Grant]]:
+        taken, self.granted = self.granted, []
+        return taken
+
     def close(self) -> None:
         self._pubsub.close()
 
@@ -89,9 +95,13 @@ class Gate:
             if message is None or message["type"] == "pong":
                 return
             if message["type"] == "pmessage":
-                limit, wait = message["data"].decode().split(" ")
+                limit, what = read_wake(message["data"])
                 assert limit == self.limit
-                self.heard.append((message["channel"].decode().rpartition(":")[2], int(wait)))
+                process = message["channel"].decode().rpartition(":")[2]
+                if isinstance(what, Grant):
+                    self.granted.append((process, what))
+                else:
+                    self.heard.append((process, round(what * 1e6)))
 
 
 @contextmanager
@@ -172,6 +182,8 @@ class Member:
     ends: int = 0
     extended: bool = False
     waits: bool = False
+    wanted: int = 0
+    """Permits it waits for, as it last said."""
     idle: tuple[str, ...] = ()
     raw: list[Any] = field(default_factory=list)
 
@@ -185,6 +197,8 @@ class Ledger:
         self.highest = 0
         self.starts: list[tuple[int, int]] = []
         """Grants: when, and the latest moment at which it may start."""
+        self.pushed: list[tuple[str, Grant]] = []
+        """Grants that the last call's wake messages carried to others."""
         self.counts: dict[str, int] = dict.fromkeys(
             (
                 "calls",
@@ -197,6 +211,7 @@ class Ledger:
                 "unknown",
                 "repeated",
                 "stale",
+                "pushed",
             ),
             0,
         )
@@ -288,6 +303,7 @@ class Ledger:
     def sync(self, call: Call, now: int, raw: list[Any]) -> Answer:
         """Judge one reply and take over what it changed."""
         self.counts["calls"] += 1
+        self.pushed = []
         me, member = call.process, self.members.get(call.process)
         if member and call.seq < member.seq:
             assert raw == [b"-1"], "a late duplicate was not refused as stale"
@@ -318,6 +334,7 @@ class Ledger:
         self._return_stamps(call, now)
         self._release_due(now)
         self._grants(call, member, answer, unknown, now)
+        self._pushes(call, round(answer.slack_s * 1e6), now)
         self._header(answer, now)
         member.seq, member.raw = call.seq, raw
         member.ends = now + round(answer.lease_s * 1e6)
@@ -452,6 +469,7 @@ class Ledger:
             assert taken_all == could, f"nobody else waits, and {taken_all} of {could} were given"
         left = len(line) > taken
         member.waits = answer.permits < wanted_permits or (left and taken < wanted_jobs)
+        member.wanted = call.permits - answer.permits
         member.idle = flows if not left and len(answer.jobs) < wanted_jobs and not call.leave else ()
         member.held += given
         self.counts["grants"] += given
@@ -463,6 +481,30 @@ class Ledger:
         if given:
             self.starts += [(now, answer.stamp or now)] * given
         assert self.used(now) <= self.rate or not given
+
+    def _pushes(self, call: Call, slack: int, now: int) -> None:
+        """Grants to others: to who waits for permits, of what is free, up to a fair share."""
+        self.pushed = self.gate.take_grants()
+        busy = sum(m.held > 0 or m.waits for name, m in self.members.items() if name != call.process)
+        for name, grant in self.pushed:
+            member = self.members[name]
+            assert name != call.process and member.waits, f"{name} was granted what it does not wait for"
+            assert 0 < grant.count <= member.wanted, f"{grant.count} pushed, {member.wanted} wanted"
+            assert grant.count <= self.free(now), f"{grant.count} pushed, {self.free(now)} free"
+            share = math.ceil(math.floor(self.level) / max(1, busy))
+            assert member.held + grant.count <= share, f"{name} was pushed beyond its fair share"
+            assert (grant.seq, grant.now) == (member.seq, now)
+            self.attempt += grant.count
+            assert grant.attempt == self.attempt
+            latest = now + slack if self.rate else 0
+            assert (grant.stamp, round(grant.slack_s * 1e6)) == (latest, slack)
+            if self.rate:
+                self.stamps += [latest] * grant.count
+            self.starts += [(now, latest or now)] * grant.count
+            member.held += grant.count
+            member.wanted -= grant.count
+            member.waits = member.wanted > 0
+            self.counts["pushed"] += grant.count
 
     def _claims(self, call: Call, answer: Answer, line: list[Item]) -> int:
         """Check that the lowest places were taken; returns how many, those without payload included."""
@@ -658,6 +700,16 @@ class Pump:
         return lost
 
 
+    def take(self, grant: Grant) -> bool:
+        """A grant in a wake message; void once another call was composed."""
+        if grant.seq != self.seq:
+            return False
+        self.permits += grant.count
+        self.wanted -= grant.count
+        self.last_start = grant.now
+        return True
+
+
 # a fleet in virtual time -----------------------------------------------------------------------
 
 Plan = Callable[[str, int], tuple[int, str, int | str]]
@@ -791,6 +843,16 @@ class Fleet:
         for name, wait_us in self.gate.take_messages():
             if not self.deaf:
                 self._push(self.now + self.LATENCY_US, "wake", (names[name], wait_us))
+        for name, grant in self.ledger.pushed:
+            if not self.deaf:
+                self._push(self.now + self.LATENCY_US, "take", (names[name], grant))
+        self.ledger.pushed = []
+
+    def _take(self, who: int, grant: Grant) -> None:
+        if who not in self.gone and self.pumps[who].take(grant):
+            for _ in range(grant.count):
+                self.granted.append((self.now, self.pumps[who].name, ""))
+                self._push(self.now + self.permit_us, "release", (who,))
 
     def _end(self, who: int, job: str, attempt: int, what: str, arg: int | str) -> None:
         pump = self.pumps[who]

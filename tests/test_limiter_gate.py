@@ -95,9 +95,11 @@ TABLES: dict[str, list[Row]] = {
         (0, ask("A", 1, permits=2), {"permits": 2}),
         (1, ask("B", 1, permits=1), {"permits": 0}),
         (2, ask("C", 1, permits=1), {"permits": 0}),
-        (3, ask("A", 2, held=1), {"in_use": 1}),
-        (4, ask("C", 2, permits=1), {"permits": 0, "reason": "turn", "wait_s": 0.2}),
-        (5, ask("B", 2, permits=1), {"permits": 1}),
+        (3, ask("A", 2, held=1), {"in_use": 2}),  # B was granted it in its wake message
+        (4, ask("C", 2, permits=1), {"permits": 0, "reason": "level"}),
+        (5, ask("B", 2, held=1, permits=1), {"permits": 0, "in_use": 2}),
+        (6, ask("A", 3), {"in_use": 2}),
+        (7, ask("C", 3, held=1), {"in_use": 2}),
     ],
     "the_same_number_gets_the_same_answer_and_a_lower_one_none": [
         (0, ask("A", 1, permits=1), {"permits": 1, "in_use": 1}),
@@ -529,23 +531,57 @@ def test_jobs_of_the_dead_wake_the_idle_also_when_the_caller_was_refused_by_the_
 
 def test_a_silent_head_goes_to_the_tail_after_the_grace(ledger: Ledger) -> None:
     says(ledger, 0, ask("A", 1, permits=2))
+    put(ledger, 0, 9)
     for after, name in enumerate("HBC", 1):
-        says(ledger, after, ask(name, 1, permits=1))
+        says(ledger, after, jobs(name, 1, 1))
     says(ledger, 10, ask("A", 2, held=1))
     assert ledger.gate.take_messages() == [("H", 0)]
-    assert says(ledger, 11, ask("B", 2, permits=1)).wait_s == GRACE_US / 1e6
-    assert says(ledger, 12 + GRACE_US, ask("B", 3, permits=1)).permits == 1
-    says(ledger, 13 + GRACE_US, ask("B", 4))
+    assert says(ledger, 11, jobs("B", 2, 1)).wait_s == GRACE_US / 1e6
+    (job,) = says(ledger, 12 + GRACE_US, jobs("B", 3, 1)).jobs
+    says(ledger, 13 + GRACE_US, jobs("B", 4, 0, entries=[Entry(job.id, job.attempt, 1, "completed", b"out")]))
     assert ledger.gate.take_messages()[-1] == ("C", 0)
+
+
+def test_an_unheard_grant_goes_back_with_the_next_call_of_its_process(ledger: Ledger) -> None:
+    """Its message was lost, or came after the next call was composed: what that call holds is what counts."""
+    says(ledger, 0, ask("A", 1, RATED, permits=3))
+    says(ledger, 1, ask("A", 2, RATED))
+    says(ledger, 2, ask("B", 1, RATED, permits=2))
+    says(ledger, 3, ask("C", 1, RATED, permits=1))
+    says(ledger, 10 * S + 50_000, ask("A", 3, RATED))
+    assert [name for name, _ in ledger.pushed] == ["B", "C"]
+    answer = says(ledger, 10 * S + 50_001, ask("B", 2, RATED, held=0, permits=2))
+    assert (answer.in_use, answer.used, answer.permits) == (1, 3, 0), "its starts stay spent"
+
+
+def test_a_silent_head_is_granted_no_more_than_its_fair_share(ledger: Ledger) -> None:
+    limits = Limits("L", 4)
+    says(ledger, 0, ask("A", 1, limits, permits=4))
+    says(ledger, 1, ask("H", 1, limits, permits=9))
+    says(ledger, 2, ask("B", 1, limits, permits=9))
+    for seq, held in enumerate((3, 2, 1, 0), 2):
+        says(ledger, seq + 1, ask("A", seq, limits, held=held))
+    assert ledger.members["H"].held == 2
+    assert ledger.members["B"].held == 2
+
+
+def test_one_call_grants_to_several_that_wait(ledger: Ledger) -> None:
+    limits = Limits("L", 3)
+    says(ledger, 0, ask("A", 1, limits, permits=3))
+    for after, name in enumerate("BCDE", 1):
+        says(ledger, after, ask(name, 1, limits, permits=1))
+    says(ledger, 9, ask("A", 2, limits, leave=True))
+    assert [(name, grant.count) for name, grant in ledger.pushed] == [("B", 1), ("C", 1), ("D", 1)]
 
 
 def test_a_head_that_was_woken_once_is_woken_again(ledger: Ledger) -> None:
     says(ledger, 0, ask("A", 1, permits=2))
-    says(ledger, 1, ask("P", 1, permits=2))
-    says(ledger, 2, ask("Q", 1, permits=1))
+    put(ledger, 0, 9)
+    says(ledger, 1, jobs("P", 1, 2))
+    says(ledger, 2, jobs("Q", 1, 1))
     says(ledger, 3, ask("A", 2, held=1))
-    assert says(ledger, 4, ask("P", 2, permits=2)).permits == 1
-    says(ledger, 5, ask("Q", 2, leave=True))
+    assert len(says(ledger, 4, jobs("P", 2, 2)).jobs) == 1
+    says(ledger, 5, ask("Q", 2, flows=("f",), leave=True))
     ledger.gate.take_messages()
     says(ledger, 6, ask("A", 3))
     assert ledger.gate.take_messages() == [("P", 0)]

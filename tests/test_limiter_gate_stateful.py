@@ -20,7 +20,7 @@ from gate_model import GRACE_US, T0, Fleet, Gate, Ledger, Pump, busiest_window, 
 from servers import KINDS
 
 from limiter.limits import Limits
-from limiter.sync import Call
+from limiter.sync import Call, Grant
 
 SOAK = os.environ.get("POCKETFLEET_SOAK") == "1"
 FIRST = int(os.environ.get("POCKETFLEET_SEED", "1"))
@@ -33,7 +33,7 @@ Move = tuple[str, int, float]
 MOVES = {
     "call": 40, "finish": 26, "tick": 22, "want": 6, "release": 8, "refuse": 6, "back": 3, "hand": 3,
     "late": 3, "again": 6, "lost": 5, "stale": 4, "enqueue": 8, "renew": 4, "pause": 1,
-    "freeze": 2, "die": 3, "leave": 2, "stall": 2, "edge": 6,
+    "freeze": 2, "die": 3, "leave": 2, "stall": 2, "edge": 6, "late_grant": 4,
 }  # fmt: skip
 UPHEAVALS = {"change": 2, "flush": 1}
 SHAPES = [
@@ -73,6 +73,8 @@ class Episode:
         self.next_index = {"b1": 0, "b2": 0, "b3": 0}
         self.began: list[tuple[int, int]] = []
         """Per grant: the latest moment it may start, and when it did."""
+        self.on_the_way: list[tuple[str, Grant]] = []
+        """Grants in wake messages that are late."""
 
     def new_pump(self, who: int) -> Pump:
         self.born += 1
@@ -84,6 +86,7 @@ class Episode:
         for step, (name, who, x) in enumerate(moves):
             self.now += 1 + int(x * 1000)
             getattr(self, name)(who, x)
+            self.judge_held()
             if step % 4 == 0:
                 self.ledger.compare()
         self.drain()
@@ -96,6 +99,7 @@ class Episode:
         raw = self.gate.sync(call, self.now)
         answer = self.ledger.sync(call, self.now, raw)
         self.sent = self.sent[-30:] + [call]
+        pushed = self.ledger.pushed
         if not heard:
             raw = self.gate.sync(call, self.now + 500)
             answer = self.ledger.sync(call, self.now + 500, raw)
@@ -103,6 +107,30 @@ class Episode:
             latest = max(answer.stamp, answer.now)
             self.began.append((latest, self.rng.randint(answer.now, latest)))
         pump.hear(call, answer)
+        for name, grant in pushed:
+            luck = self.rng.random()
+            if luck < 0.6:
+                self.take(name, grant)
+            elif luck < 0.8:  # else the message is lost
+                self.on_the_way.append((name, grant))
+
+    def take(self, name: str, grant: Grant) -> None:
+        for pump in self.pumps:
+            if pump.name == name and self.pumps.index(pump) not in self.frozen and pump.take(grant):
+                latest = max(grant.stamp, grant.now)
+                self.began += [(latest, self.rng.randint(grant.now, latest)) for _ in range(grant.count)]
+
+    def late_grant(self, who: int, x: float) -> None:
+        """A wake message arrives late, perhaps after another call of its process."""
+        if self.on_the_way:
+            self.take(*self.on_the_way.pop(int(x * len(self.on_the_way))))
+
+    def judge_held(self) -> None:
+        """What a process that the gate knows truly holds is counted: never less than that."""
+        for pump in self.pumps:
+            member = self.ledger.members.get(pump.name)
+            if member and not pump.unknown:
+                assert pump.held <= member.held, f"{pump.name} holds {pump.held}, counted {member.held}"
 
     def call(self, who: int, x: float) -> None:
         if who not in self.frozen:
