@@ -11,7 +11,7 @@ local flow_count = tonumber(ARGV[18])
 for i = 1, flow_count do call.flows[i] = ARGV[18 + i] end
 local FIRST_ENTRY = 19 + flow_count
 
-local state, was, record = load(me)
+local state, record = load(me)
 local now = clock(state)
 local gate = {} -- what this call finds and decides: limits in force, places free, who is told
 local returned_flows = {} -- flows some of whose jobs came back to the queue in this call
@@ -54,6 +54,8 @@ local function bound_level(ceiling)
 end
 
 local function create_gate()
+  for _, key in ipairs({ GATE, LEASES, TICKETS }) do redis.call('DEL', key) end -- what a poisoned one left
+  record = nil
   state.gen, state.attempt, state.place = now, now, 1
   state.override = redis.call('GET', OVERRIDE) or ''
   if state.override == '' and call.override ~= '' then

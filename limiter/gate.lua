@@ -1,6 +1,6 @@
 -- gate: what every script of a limit shares. The loader puts this file in front of each of them.
 --
--- KEYS[1]  gate      hash    the state: FIELDS below; 'p:<process>' its record; 'a:<process>' its last answer
+-- KEYS[1]  gate      hash    'state', see below; 'p:<process>' its record; 'a:<process>' its last answer
 -- KEYS[2]  leases    zset    process -> end of its lease, us
 -- KEYS[3]  starts    list    latest moments at which the runs of the window may start, us, oldest first
 -- KEYS[4]  tickets   zset    process that waits for the gate -> ticket
@@ -23,37 +23,36 @@ local PARKED = 4503599627370496 -- 2^52: beyond every place, and what a double s
 local WEEK = 604800000 -- ms
 local GRACE = 200000 -- us a woken head may stay silent before it goes to the tail
 
-local FIELDS = {
-  'gen', -- birth, us; 0 = no gate yet
-  'cold', -- 1 while a gate that lost its data holds admissions
-  'last', -- time of the last call, us
-  'attempt', -- counter of claims and permits; starts at the birth, never repeats
-  'place', -- virtual time of the queue: the highest place taken
-  'processes', -- counter of process numbers
-  'in_use', -- sum of all held
-  'active', -- processes that hold or wait by ticket
-  'waiting', -- tickets
-  'callers', -- tickets of those that want permits
-  'behind', -- 1 while processes may stand idle although jobs of their flows wait
-  'ticket', -- counter of tickets
-  'level', -- concurrency allowed now, a float
-  'ceiling', -- what the level was last bounded by
-  'cut', -- attempt counter at the last cut
-  'oks', -- successes since the last growth
-  'quiet', -- when a run admitted since the last cut last ended, us
-  'pause', -- nothing is admitted before, us
-  'slack', -- us a grant may take to start
-  'slack_at', -- when the slack last changed, us
-  'due', -- earliest delayed run, us; 0 = none
-  'reap_at', -- no lease ends before, us
-  'woken_due', -- when the woken head was told to call, us
-  'touched', -- when the lifetimes were last renewed, us
-  'flows', -- number of flows served
-  'config_from', -- start of the process whose limits are in force, us
-  'steep', -- below it an additive level grows by one per success (TCP's slow start)
-  'max', 'min', 'initial', 'rate', 'window', 'lease', 'backoff', 'threshold', 'factor', 'additive',
-}
-local TEXTS = { 'woken', 'override' }
+-- The state, one JSON object of numbers in the gate's field `state`:
+--   gen         birth, us; 0 = no gate yet
+--   cold        1 while a gate that lost its data holds admissions
+--   last        time of the last call, us
+--   attempt     counter of claims and permits; starts at the birth, never repeats
+--   place       virtual time of the queue: the highest place taken
+--   processes   counter of process numbers
+--   in_use      sum of all held
+--   active      processes that hold or wait by ticket
+--   waiting     tickets
+--   callers     tickets of those that want permits
+--   behind      1 while processes may stand idle although jobs of their flows wait
+--   ticket      counter of tickets
+--   level       concurrency allowed now, a float
+--   ceiling     what the level was last bounded by
+--   cut         attempt counter at the last cut
+--   oks         successes since the last growth
+--   quiet       when a run admitted since the last cut last ended, us
+--   pause       nothing is admitted before, us
+--   slack       us a grant may take to start
+--   slack_at    when the slack last changed, us
+--   due         earliest delayed run, us; 0 = none
+--   reap_at     no lease ends before, us
+--   woken_due   when the woken head was told to call, us
+--   touched     when the lifetimes were last renewed, us
+--   flows       number of flows served
+--   config_from start of the process whose limits are in force, us
+--   steep       below it an additive level grows by one per success (TCP's slow start)
+--   max min initial rate window lease backoff threshold factor additive   those limits
+-- Beside it, as fields of their own: `woken`, the head that was told to call, and `override`.
 
 local function whole(number)
   return string.format('%.0f', number)
@@ -83,39 +82,48 @@ local function is_active(record)
   return (record.held > 0 or record.kind ~= '-') and 1 or 0
 end
 
--- The state as numbers, what it was, and the record of `process`. A poisoned number reads as 0.
-local function load(process)
-  local was = redis.call('HMGET', GATE, 'p:' .. process, 'woken', 'override', unpack(FIELDS))
-  local record = read_record(was[1])
-  local state = { woken = was[2] or '', override = was[3] or '' }
-  was.woken, was.override = state.woken, state.override
-  for i = 1, #FIELDS do
-    local value = tonumber(was[i + 3] or 0)
-    if not value or value - value ~= 0 then value = 0 end -- infinite or not a number
-    state[FIELDS[i]], was[i + 3] = value, value
-  end
-  return state, was, record
+-- One format, not a loop: this runs in every call.
+local function write_state(s)
+  return string.format('{"gen":%d,"cold":%d,"last":%d,"attempt":%d,"place":%d,"processes":%d,"in_use":%d,'
+    .. '"active":%d,"waiting":%d,"callers":%d,"behind":%d,"ticket":%d,"level":%.17g,"ceiling":%d,"cut":%d,'
+    .. '"oks":%d,"quiet":%d,"pause":%d,"slack":%d,"slack_at":%d,"due":%d,"reap_at":%d,"woken_due":%d,'
+    .. '"touched":%d,"flows":%d,"config_from":%d,"steep":%.17g,"max":%d,"min":%d,"initial":%d,"rate":%d,'
+    .. '"window":%d,"lease":%d,"backoff":%.17g,"threshold":%d,"factor":%.17g,"additive":%d}',
+    s.gen, s.cold, s.last, s.attempt, s.place, s.processes, s.in_use,
+    s.active, s.waiting, s.callers, s.behind, s.ticket, s.level, s.ceiling, s.cut,
+    s.oks, s.quiet, s.pause, s.slack, s.slack_at, s.due, s.reap_at, s.woken_due,
+    s.touched, s.flows, s.config_from, s.steep, s.max, s.min, s.initial, s.rate,
+    s.window, s.lease, s.backoff, s.threshold, s.factor, s.additive)
 end
 
--- Write what changed, with `extra` field, value pairs, in one command.
-local function save(state, was, extra)
-  local changes = extra or {}
-  local n = #changes
-  for i = 1, #FIELDS do
-    local name = FIELDS[i]
-    local value = state[name]
-    if value ~= was[i + 3] then
-      changes[n + 1], changes[n + 2] = name, exact(value)
-      n = n + 2
-    end
+-- A number that is missing or poisoned reads as 0; what is no JSON at all, as no gate.
+local function read_state(text)
+  local state = text and cjson.decode(text) or {}
+  for name, value in pairs(state) do
+    if type(value) ~= 'number' or value - value ~= 0 then state[name] = nil end
   end
-  for _, name in ipairs(TEXTS) do
-    if state[name] ~= was[name] then
-      changes[n + 1], changes[n + 2] = name, state[name]
-      n = n + 2
-    end
-  end
-  if n > 0 then redis.call('HSET', GATE, unpack(changes)) end
+  return setmetatable(state, { __index = function() return 0 end })
+end
+
+-- The state, and the record of `process`.
+local function load(process)
+  local found = redis.call('HMGET', GATE, 'state', 'p:' .. process, 'woken', 'override')
+  local sound, state = pcall(read_state, found[1])
+  if not sound then state = read_state(nil) end
+  state.woken, state.override = found[3] or '', found[4] or ''
+  state.was_woken, state.was_override = state.woken, state.override
+  return state, read_record(found[2])
+end
+
+-- Write the state, with `extra` field, value pairs, in one command.
+local function save(state, extra)
+  local fields = extra or {}
+  local n = #fields
+  fields[n + 1], fields[n + 2] = 'state', write_state(state)
+  if state.woken ~= state.was_woken then fields[n + 3], fields[n + 4] = 'woken', state.woken end
+  n = #fields
+  if state.override ~= state.was_override then fields[n + 1], fields[n + 2] = 'override', state.override end
+  redis.call('HSET', GATE, unpack(fields))
 end
 
 local function clock(state)

@@ -4,16 +4,16 @@
 --
 -- Returns the us the lease now lasts, or 0: the gate does not know the process, which must sync at once.
 
-local state, was, record = load(ARGV[1])
+local state, record = load(ARGV[1])
 if state.gen == 0 then return 0 end
 local now = clock(state)
 extend_after_stall(state, now)
 if not record then
-  save(state, was)
+  save(state)
   return 0
 end
 record.extended = false
 record.ends = math.max(record.ends, now + state.lease)
 redis.call('ZADD', LEASES, whole(record.ends), ARGV[1])
-save(state, was, { 'p:' .. ARGV[1], write_record(record) })
+save(state, { 'p:' .. ARGV[1], write_record(record) })
 return record.ends - now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -9,22 +10,6 @@ from typing import Any
 from redis.asyncio import Redis
 
 from limiter.keys import GateKeys
-
-FIELDS = (
-    "gen",
-    "cold",
-    "last",
-    "in_use",
-    "waiting",
-    "level",
-    "max",
-    "min",
-    "rate",
-    "window",
-    "lease",
-    "pause",
-    "processes",
-)
 
 
 @dataclass(frozen=True)
@@ -71,15 +56,15 @@ async def read_gate(client: Redis, name: str) -> GateView | None:
     """The gate of a limit, or None if there is none (nobody has called yet, or not for a long time)."""
     keys = GateKeys(name)
     async with client.pipeline(transaction=False) as pipe:
-        pipe.hmget(keys.gate, list(FIELDS))
+        pipe.hget(keys.gate, "state")
         pipe.time()
         pipe.smembers(keys.flows)
         pipe.zcard(keys.leases)
         pipe.get(keys.override)
-        values, (seconds, micros), flows, living, _override = await pipe.execute()
-    if values[0] is None:
+        text, (seconds, micros), flows, living, _override = await pipe.execute()
+    if text is None:
         return None
-    state = {field: float(value or 0) for field, value in zip(FIELDS, values, strict=True)}
+    state: dict[str, float] = json.loads(text)
     now = max(seconds * 1e6 + micros, state["last"])
     used, next_start = await _window(client, keys, state, now)
     opens = (

@@ -168,14 +168,14 @@ local function reply()
   local head, refused = header(), table.concat(gate.refused, ' ')
   if call.leave then
     leave()
-    save(state, was)
+    save(state)
   else
     record.seq = call.seq
     state.active = state.active + is_active(record)
     local ids = {}
     for i = 4, #gate.claimed, WIDTH do ids[#ids + 1] = gate.claimed[i] end
     local stored = head .. '\n' .. refused .. '\n' .. table.concat(ids, ' ')
-    save(state, was, { 'p:' .. me, write_record(record), 'a:' .. me, stored })
+    save(state, { 'p:' .. me, write_record(record), 'a:' .. me, stored })
   end
   if renew then renew_lifetimes() end
   return with_jobs(head, refused, gate.claimed)
@@ -186,7 +186,7 @@ local function answer_again()
   record.extended = false
   record.ends = now + state.lease
   redis.call('ZADD', LEASES, whole(record.ends), me)
-  save(state, was, { 'p:' .. me, write_record(record) })
+  save(state, { 'p:' .. me, write_record(record) })
   local stored = redis.call('HGET', GATE, 'a:' .. me) or ''
   local head, refused, ids = string.match(stored, '^([^\n]*)\n([^\n]*)\n([^\n]*)$')
   local claimed = { '', '', '' }

@@ -16,12 +16,9 @@ local batch, flow, spacing = ARGV[3], ARGV[4], tonumber(ARGV[5])
 local limit = string.match(GATE, '{(.-)}')
 local key, done_key = ROOT .. 'batch:' .. batch, ROOT .. 'done:' .. batch
 
-local state, was = load('')
+local state = load('')
 local now = clock(state)
-if state.gen > 0 then
-  extend_after_stall(state, now)
-  save(state, was)
-end
+if state.gen > 0 then extend_after_stall(state, now) end
 
 -- The items of the call that are not done, as index -> payload pairs in order.
 local function missing()
@@ -67,6 +64,7 @@ if added > 0 then
   redis.call('HINCRBY', key, 'left', added)
   local room = math.max(1, math.min(added, math.floor(state.level) - state.in_use))
   local woken = wake_idle(flow, state.gen > 0 and room or added)
-  if state.gen > 0 and woken > 0 and woken < added then redis.call('HSET', GATE, 'behind', 1) end
+  if woken > 0 and woken < added then state.behind = 1 end
 end
+if state.gen > 0 then save(state) end
 return { added, (#ARGV - 5) / 2 - #wanted / 2 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -550,7 +551,8 @@ class Ledger:
         records = {k[2:]: v.split(" ") for k, v in known.items() if k.startswith("p:")}
         assert records.keys() == self.members.keys()
         assert {n: int(r[1]) for n, r in records.items()} == {n: m.held for n, m in self.members.items()}
-        assert int(known.get("in_use", 0)) == self.in_use()
+        state = json.loads(known.get("state", "{}"))
+        assert state.get("in_use", 0) == self.in_use()
         leases = {n.decode(): int(s) for n, s in client.zrange(keys.leases, 0, -1, withscores=True)}
         ends = {n: m.ends for n, m in self.members.items()}
         assert leases == ends, f"lease ends {leases.items() ^ ends.items()} at {self.last}"
@@ -698,7 +700,6 @@ class Pump:
         if answer.permits or answer.jobs:
             self.last_start = answer.now
         return lost
-
 
     def take(self, grant: Grant) -> bool:
         """A grant in a wake message; void once another call was composed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import pickle
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -281,7 +282,7 @@ def test_nothing_is_left_but_what_has_a_lifetime(url: str, tmp_path: Path) -> No
             for key in arq | of_batch | of_gate:
                 assert await scene.arq.pttl(key) > 0, key
             gate = await scene.arq.hgetall(keys.gate)
-            assert gate[b"in_use"] == b"0"
+            assert json.loads(gate[b"state"])["in_use"] == 0
             assert not [field for field in gate if field[:2] in (b"p:", b"a:")], "no process is left"
 
     asyncio.run(main())
