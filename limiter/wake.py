@@ -4,12 +4,13 @@ a grant goes back with the next call, whose `held` is absolute."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from time import monotonic
+from typing import Any
 
 from redis.asyncio import Redis
-from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
 from limiter.keys import wake_channel
@@ -45,39 +46,43 @@ class WakeCalls:
         """Until cancelled."""
         pause_s = 0.1
         while True:
-            pubsub = self._client.pubsub(ignore_subscribe_messages=False)
+            connection = self._connection()
             try:
-                await pubsub.subscribe(self._channel)
-                await self._hear(pubsub)
+                await connection.connect()
+                await connection.send_command("SUBSCRIBE", self._channel, check_health=False)
+                await self._hear(connection)
             except (RedisError, OSError) as error:
                 log.debug("wake.lost error=%s", type(error).__name__)
             finally:
-                await _close(pubsub)
+                await _close(connection)
             await asyncio.sleep(pause_s)
             pause_s = min(1.0, pause_s * 2)
 
-    async def _hear(self, pubsub: PubSub) -> None:
+    def _connection(self) -> Any:
+        """A bare one: no pool and no retries between a message and its pump."""
+        pool = self._client.connection_pool
+        return pool.connection_class(**pool.connection_kwargs | {"protocol": 2})
+
+    async def _hear(self, connection: Any) -> None:
         heard_at, pinged = monotonic(), False
         while True:
-            message = await pubsub.get_message(timeout=1.0)
-            now = monotonic()
+            message = await connection.read_response(timeout=1.0)
             if message is None:
-                if now - heard_at > DEAD_AFTER_S:
+                silent_s = monotonic() - heard_at
+                if silent_s > DEAD_AFTER_S:
                     return
-                if now - heard_at > PING_AFTER_S and not pinged:
+                if silent_s > PING_AFTER_S and not pinged:
                     pinged = True
-                    await pubsub.ping()
+                    await connection.send_command("PING", check_health=False)
                 continue
-            heard_at, pinged = now, False
-            if message["type"] == "subscribe":
+            if message[0] == b"message":
+                self._ring(*read_wake(message[2]))
+            elif message[0] == b"subscribe":
                 self.ready.set()
                 self._on_new_connection()
-            elif message["type"] == "message":
-                self._ring(*read_wake(message["data"]))
+            heard_at, pinged = monotonic(), False
 
 
-async def _close(pubsub: PubSub) -> None:
-    try:
-        await pubsub.aclose()  # type: ignore[no-untyped-call]
-    except (RedisError, OSError):
-        pass
+async def _close(connection: Any) -> None:
+    with contextlib.suppress(RedisError, OSError):
+        await connection.disconnect(nowait=True)
