@@ -46,10 +46,15 @@ local function release_due()
   state.due = first[2] and tonumber(first[2]) or 0
 end
 
-local function first_ticket() return redis.call('ZRANGE', TICKETS, 0, 0)[1] end
+-- Read once, and again after a ticket was taken or dropped.
+local function first_ticket()
+  if gate.first == nil then gate.first = state.waiting > 0 and redis.call('ZRANGE', TICKETS, 0, 0)[1] or false end
+  return gate.first
+end
 
 local function take_ticket(process)
   state.ticket = state.ticket + 1
+  gate.first = nil
   if redis.call('ZADD', TICKETS, whole(state.ticket), process) == 1 then
     state.waiting = state.waiting + 1
     if state.waiting == 1 then expire(TICKETS) end
@@ -62,7 +67,10 @@ local function set_kind(of, kind)
 end
 
 local function drop_ticket(process, of)
-  if of.kind ~= '-' and redis.call('ZREM', TICKETS, process) == 1 then state.waiting = state.waiting - 1 end
+  if of.kind ~= '-' and redis.call('ZREM', TICKETS, process) == 1 then
+    state.waiting = state.waiting - 1
+    gate.first = nil
+  end
   set_kind(of, '-')
 end
 
@@ -71,8 +79,7 @@ local function pass_over_silent_head()
   if state.waiting < 2 or gate.free <= 0 then return end
   local head = first_ticket()
   if head and head ~= me and head == state.woken and now > state.woken_due + GRACE then
-    state.ticket = state.ticket + 1
-    redis.call('ZADD', TICKETS, whole(state.ticket), head)
+    take_ticket(head)
     state.woken = ''
   end
 end

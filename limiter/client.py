@@ -156,8 +156,10 @@ class _Sends(AbstractConnection):
             await self.check_health()  # type: ignore[no-untyped-call]
         data = command.encode() if isinstance(command, str) else command
         try:
-            async with asyncio.timeout(self.socket_timeout):
-                await self._send_packed_command([data] if isinstance(data, bytes) else data)
+            self._writer.writelines([data] if isinstance(data, bytes) else data)
+            if self._writer.transport.get_write_buffer_size():
+                async with asyncio.timeout(self.socket_timeout):
+                    await self._writer.drain()
         except BaseException as error:
             await self.disconnect(nowait=True)
             if isinstance(error, TimeoutError):
