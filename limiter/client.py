@@ -155,11 +155,12 @@ class _Sends(AbstractConnection):
         elif check_health:
             await self.check_health()  # type: ignore[no-untyped-call]
         data = command.encode() if isinstance(command, str) else command
+        writer: Any = self._writer
         try:
-            self._writer.writelines([data] if isinstance(data, bytes) else data)
-            if self._writer.transport.get_write_buffer_size():
+            writer.writelines([data] if isinstance(data, bytes) else data)
+            if writer.transport.get_write_buffer_size():  # else it has gone out: nothing to wait for
                 async with asyncio.timeout(self.socket_timeout):
-                    await self._writer.drain()
+                    await writer.drain()
         except BaseException as error:
             await self.disconnect(nowait=True)
             if isinstance(error, TimeoutError):

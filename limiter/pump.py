@@ -176,10 +176,12 @@ class Pump:
 
         Void if a later call was composed: that one says what is held without them.
         """
-        if grant.seq != self._seq or not self.joined or grant.attempt <= self._last_grant:
+        if grant.seq != self._seq or grant.attempt <= self._last_grant:
             return
         if self._in_flight is not None:
             self._early.append(grant)
+            return
+        if not self.joined:
             return
         self._last_grant = grant.attempt
         if not self.safe:
