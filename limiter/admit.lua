@@ -17,7 +17,7 @@ end
 
 -- Forget the starts that are older than the window; returns how many are left.
 local function trim_starts()
-  local used = gate.rate > 0 and redis.call('LLEN', STARTS) or 0
+  local used = gate.logs and redis.call('LLEN', STARTS) or 0
   if used == 0 then return 0 end
   local edge = now - state.window
   local low, high = 0, used -- first index whose stamp is inside the window lies in [low, high]
@@ -30,6 +30,13 @@ local function trim_starts()
   return used - low
 end
 
+-- A delayed run whose record is gone goes to where its queue is now.
+local function unpark(id)
+  for _, flow in ipairs(redis.call('SMEMBERS', FLOWS)) do
+    if redis.call('ZADD', queue_of(flow), 'XX', 'CH', whole(state.place), id) == 1 then returned_flows[flow] = true end
+  end
+end
+
 -- Runs whose time has come go back to their own places, at most 500 per call.
 local function release_due()
   if state.due == 0 or now < state.due then return end
@@ -39,6 +46,8 @@ local function release_due()
     if job then
       redis.call('ZADD', queue_of(job.flow), whole(job.place), id)
       returned_flows[job.flow] = true
+    else
+      unpark(id)
     end
     redis.call('ZREM', LATER, id)
   end
@@ -162,7 +171,7 @@ local function claim(chosen)
 end
 
 local function stamp_starts(count)
-  if count == 0 or gate.rate == 0 then return 0 end
+  if count == 0 or not gate.logs then return 0 end
   local stamp, list = now + state.slack, {}
   for i = 1, count do list[i] = whole(stamp) end
   local length = 0
@@ -173,6 +182,7 @@ end
 
 -- The window as it is now, and the delayed runs that are due.
 local function roll_window()
+  gate.logs = gate.rate > 0 or state.rate > 0 -- also while the operator has lifted the rate: no start is forgotten
   tune_slack()
   gate.used = trim_starts()
   release_due()
@@ -196,9 +206,11 @@ local function admit()
   gate.gone = #chosen - gate.jobs
   gate.given = gate.permits + gate.jobs
   gate.stamp = stamp_starts(gate.given)
-  if gate.rate > 0 then gate.used = gate.used + gate.given end
+  if gate.given > 0 then state.admitted, record.since = now, now end
+  if gate.logs then gate.used = gate.used + gate.given end
   record.held = record.held + gate.given
   state.in_use = state.in_use + gate.given
+  if state.in_use > state.peak then state.peak = state.in_use end
   gate.free = gate.free - gate.given
   gate.refuses = gate.permits < call.permits or (gate.more ~= nil and count < call.jobs)
 end

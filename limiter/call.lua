@@ -23,46 +23,53 @@ local function chunks(list, size, act)
   end
 end
 
-local function take_override(text)
-  local max, rate, pause = string.match(text, '^(%S+) (%S+) (%S+)$')
-  state.override = max and text or ''
-  return tonumber(max or ''), tonumber(rate or ''), tonumber(pause or '')
+-- Another value than the one in force: told once in the trail, and to each process that brings it.
+local function two_values(newer)
+  if state.config == '' then return end
+  local known = redis.call('HGET', GATE, 'rivals') or ''
+  if newer then
+    event(now, 'values', 'a process that started later brings others', state.config, call.limits, me)
+    redis.call('HSET', GATE, 'rivals', state.config)
+    local others = redis.call('ZCARD', LEASES) - (record and 1 or 0)
+    if others > 0 then gate.note = 'older=' .. state.config end
+  else
+    if #known < 1000 and not string.find(known, call.limits, 1, true) then
+      event(now, 'values', 'a process that started earlier still has others', call.limits, state.config, me)
+      redis.call('HSET', GATE, 'rivals', known .. ';' .. call.limits)
+    end
+    gate.note = 'newer=' .. state.config
+  end
 end
 
--- The limits in force: of the process that started last, under the operator's override.
-local function effective()
-  local max, rate, pause = take_override(state.override)
-  return max or state.max, rate or state.rate, pause or 0
-end
-
+-- The limits of the process that started last.
 local function take_limits()
-  if call.limits == '' or call.started <= state.config_from then return end
-  local v = {}
-  for word in string.gmatch(call.limits, '%S+') do v[#v + 1] = tonumber(word) end
-  state.max, state.min, state.initial, state.rate, state.window, state.lease = v[1], v[2], v[3], v[4], v[5], v[6]
-  state.backoff, state.threshold, state.factor, state.additive = v[7], v[8], v[9], v[10]
+  if call.limits == '' then return end
+  local newer = call.started > state.config_from
+  if call.limits ~= state.config then two_values(newer) end
+  if not newer then return end
+  put_limits(state, call.limits)
   state.config_from = call.started
   state.reap_at = 0
 end
 
--- A level at its ceiling follows the ceiling; a level below it stays.
-local function bound_level(ceiling)
-  if state.level == 0 then state.level = state.initial end
-  if state.ceiling > 0 and state.level >= state.ceiling then state.level = ceiling end
-  state.level = math.max(math.min(state.min, ceiling), math.min(state.level, ceiling))
-  state.ceiling = ceiling
+local function create_gate()
+  for _, key in ipairs({ GATE, LEASES, TICKETS }) do redis.call('DEL', key) end -- what an older one left
+  record, state.was_woken, state.was_override, state.was_config = nil, '', '', ''
+  state.gen, state.attempt, state.place = now, math.max(now, state.attempt), math.max(1, state.place)
+  state.override = redis.call('GET', OVERRIDE) or ''
+  local due = redis.call('ZRANGE', LATER, 0, 0, 'WITHSCORES')
+  state.due = due[2] and tonumber(due[2]) or 0
+  redis.call('DEL', FLOWS)
 end
 
-local function create_gate()
-  for _, key in ipairs({ GATE, LEASES, TICKETS }) do redis.call('DEL', key) end -- what a poisoned one left
-  record = nil
-  state.gen, state.attempt, state.place = now, now, 1
-  state.override = redis.call('GET', OVERRIDE) or ''
-  if state.override == '' and call.override ~= '' then
-    state.override = call.override
-    redis.call('SET', OVERRIDE, call.override)
-  end
-  redis.call('DEL', FLOWS)
+-- After a data loss the newest word that a process remembers holds again.
+local function remember_override()
+  if call.override == state.override or not read_override(call.override) then return end
+  local mine = read_override(state.override)
+  if mine and mine.at >= read_override(call.override).at then return end
+  state.override = call.override
+  keep_override(state.override, now)
+  event(now, 'override', 'remembered by a process after a data loss', '', '', me)
 end
 
 local function lifetime_ms()
@@ -84,17 +91,24 @@ end
 
 -- The gate as it is for this call; false if nobody has given it values yet.
 local function meet_gate()
+  local was_cold = state.cold
   if state.gen == 0 then create_gate() end
   if call.birth > 0 and call.birth < state.gen then state.cold = 1 end
   if call.started == 0 then call.started = now end
+  if call.override ~= '' then remember_override() end
   take_limits()
   if state.lease == 0 then return false end
-  gate.max, gate.rate, gate.held_until = effective()
-  bound_level(gate.max)
+  gate.max, gate.rate, gate.held_until = effective(state, now)
+  bound_level(state, gate.max)
   gate.opens = 0
   if state.cold == 1 then
     gate.opens = state.gen + math.max(state.lease, gate.rate > 0 and state.window or 0)
-    if now >= gate.opens then state.cold = 0 end
+    if now >= gate.opens then
+      state.cold = 0
+    elseif was_cold == 0 then
+      event(now, 'cold', 'the gate is new and its callers remember an older one', '0',
+        exact((gate.opens - now) / 1000000), me)
+    end
   end
   return true
 end
@@ -105,7 +119,9 @@ local function join()
   if gate.unknown then call.permits, call.jobs = 0, 0 end
   if not record then
     state.processes = state.processes + 1
-    record = { number = state.processes, held = 0, seq = 0, kind = '-', idle = false, flows = 0, ends = 0, want = 0 }
+    record = {
+      number = state.processes, held = 0, seq = 0, kind = '-', idle = false, flows = 0, ends = 0, want = 0, since = now,
+    }
     state.touched = 0
   end
   if record.flows ~= flow_count then
@@ -141,7 +157,11 @@ end
 
 local function bury(process)
   local dead = read_record(redis.call('HGET', GATE, 'p:' .. process))
-  if dead then
+  if not dead then
+    count_anew(state)
+    for _, flow in ipairs(free_orphans(state)) do returned_flows[flow] = true end
+  else
+    event(now, 'reaped', 'its lease ended', exact(dead.held), '0', process)
     state.in_use = math.max(0, state.in_use - dead.held)
     state.active = math.max(0, state.active - is_active(dead))
     if dead.kind == 'p' then state.callers = math.max(0, state.callers - 1) end

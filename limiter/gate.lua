@@ -7,8 +7,9 @@
 -- KEYS[5]  later     zset    job id -> due time, us
 -- KEYS[6]  jobs      hash    job id -> 'attempt place deaths refused backs saved flow', from first claim to done
 -- KEYS[7]  flows     set     flows whose workers have called
--- KEYS[8]  override  string  'max rate pause_until' of the operator, '-' = none
--- Beside them, computed: queue:<flow>, idle:<flow>, saved, batch:<b>, done:<b>, out:<b>; all in one slot.
+-- KEYS[8]  override  string  the operator's word, see override.lua
+-- Beside them, computed: queue:<flow>, idle:<flow>, saved, events (what happened, see `event`), samples
+-- (what the fleet did, see trail.lua), batch:<b>, done:<b>, out:<b>; all in one slot.
 --
 -- ARGV[1]  process  id of the calling pump ('' for a producer)
 -- ARGV[2]  now      us; '' takes Redis' own TIME (tests pass a time)
@@ -18,7 +19,7 @@
 local GATE, LEASES, STARTS, TICKETS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local LATER, JOBS, FLOWS, OVERRIDE = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local ROOT = string.sub(GATE, 1, -5)
-local SAVED = ROOT .. 'saved'
+local SAVED, EVENTS = ROOT .. 'saved', ROOT .. 'events'
 local PARKED = 4503599627370496 -- 2^52: beyond every place, and what a double still counts exactly
 local WEEK = 604800000 -- ms
 local GRACE = 200000 -- us a woken head may stay silent before it goes to the tail
@@ -51,8 +52,13 @@ local GRACE = 200000 -- us a woken head may stay silent before it goes to the ta
 --   flows       number of flows served
 --   config_from start of the process whose limits are in force, us
 --   steep       below it an additive level grows by one per success (TCP's slow start)
+--   admitted    when a run was last admitted, us
+--   told        when a cut or a recovery was last told, us, and told_level, the level it told of
+--   sampled     when the last sample was taken, us, and peak, the most slots in use since then
+--   stepped     1 while Redis' clock stands behind `last`
 --   max min initial rate window lease backoff threshold factor additive   those limits
--- Beside it, as fields of their own: `woken`, the head that was told to call, and `override`.
+-- Beside it, as fields of their own: `woken`, the head that was told to call, `override`, `config`, those
+-- limits as they were brought, and `rivals`, other values that were told in the trail.
 
 local function whole(number)
   return string.format('%.0f', number)
@@ -63,19 +69,20 @@ local function exact(number)
 end
 
 local function read_record(text)
-  local n, held, seq, extended, kind, idle, flows, ends, want =
-    string.match(text or '', '^(%d+) (%d+) (%d+) (%d) (%S) (%d) (%d+) (%d+) (%d+)$')
+  local n, held, seq, extended, kind, idle, flows, ends, want, since =
+    string.match(text or '', '^(%d+) (%d+) (%d+) (%d) (%S) (%d) (%d+) (%d+) (%d+) (%d+)$')
   if not n then return nil end
   return {
     number = tonumber(n), held = tonumber(held), seq = tonumber(seq), extended = extended == '1',
     kind = kind, idle = idle == '1', flows = tonumber(flows), ends = tonumber(ends),
     want = tonumber(want), -- permits it still waits for, as far as it has said
+    since = tonumber(since), -- when what it holds last changed, us
   }
 end
 
 local function write_record(r)
-  return string.format('%.0f %.0f %.0f %d %s %d %.0f %.0f %.0f', r.number, r.held, r.seq,
-    r.extended and 1 or 0, r.kind, r.idle and 1 or 0, r.flows, r.ends, r.want)
+  return string.format('%.0f %.0f %.0f %d %s %d %.0f %.0f %.0f %.0f', r.number, r.held, r.seq,
+    r.extended and 1 or 0, r.kind, r.idle and 1 or 0, r.flows, r.ends, r.want, r.since)
 end
 
 local function is_active(record)
@@ -87,43 +94,67 @@ local function write_state(s)
   return string.format('{"gen":%d,"cold":%d,"last":%d,"attempt":%d,"place":%d,"processes":%d,"in_use":%d,'
     .. '"active":%d,"waiting":%d,"callers":%d,"behind":%d,"ticket":%d,"level":%.17g,"ceiling":%d,"cut":%d,'
     .. '"oks":%d,"quiet":%d,"pause":%d,"slack":%d,"slack_at":%d,"due":%d,"reap_at":%d,"woken_due":%d,'
-    .. '"touched":%d,"flows":%d,"config_from":%d,"steep":%.17g,"max":%d,"min":%d,"initial":%d,"rate":%d,'
+    .. '"touched":%d,"flows":%d,"config_from":%d,"steep":%.17g,"admitted":%d,"told":%d,"told_level":%.17g,'
+    .. '"sampled":%d,"peak":%d,"stepped":%d,"max":%d,"min":%d,"initial":%d,"rate":%d,'
     .. '"window":%d,"lease":%d,"backoff":%.17g,"threshold":%d,"factor":%.17g,"additive":%d}',
     s.gen, s.cold, s.last, s.attempt, s.place, s.processes, s.in_use,
     s.active, s.waiting, s.callers, s.behind, s.ticket, s.level, s.ceiling, s.cut,
     s.oks, s.quiet, s.pause, s.slack, s.slack_at, s.due, s.reap_at, s.woken_due,
-    s.touched, s.flows, s.config_from, s.steep, s.max, s.min, s.initial, s.rate,
+    s.touched, s.flows, s.config_from, s.steep, s.admitted, s.told, s.told_level,
+    s.sampled, s.peak, s.stepped, s.max, s.min, s.initial, s.rate,
     s.window, s.lease, s.backoff, s.threshold, s.factor, s.additive)
 end
 
--- A number that is missing or poisoned reads as 0; what is no JSON at all, as no gate.
+local function zero() return 0 end
+
+-- A number that is missing reads as 0. So does a poisoned one (no number, infinite, negative), and each of
+-- what is no state at all; these are named in `poisoned`, see heal.lua.
 local function read_state(text)
-  local state = text and cjson.decode(text) or {}
+  local state, poisoned = text and cjson.decode(text) or {}, nil
+  if text and not state.gen then error('no state') end
   for name, value in pairs(state) do
-    if type(value) ~= 'number' or value - value ~= 0 then state[name] = nil end
+    if not (type(value) == 'number' and value >= 0 and value < math.huge) then
+      state[name] = nil
+      poisoned = (poisoned and poisoned .. ',' or '') .. name
+    end
   end
-  return setmetatable(state, { __index = function() return 0 end })
+  return setmetatable(state, { __index = zero }), poisoned
 end
 
--- The state, and the record of `process`.
+-- The state, and the record of `process`; one that cannot be read is none, and named as poisoned.
 local function load(process)
-  local found = redis.call('HMGET', GATE, 'state', 'p:' .. process, 'woken', 'override')
-  local sound, state = pcall(read_state, found[1])
-  if not sound then state = read_state(nil) end
-  state.woken, state.override = found[3] or '', found[4] or ''
-  state.was_woken, state.was_override = state.woken, state.override
-  return state, read_record(found[2])
+  local found = redis.call('HMGET', GATE, 'state', 'p:' .. process, 'woken', 'override', 'config')
+  local sound, state, poisoned = pcall(read_state, found[1])
+  if not sound then state, poisoned = setmetatable({}, { __index = zero }), 'state' end
+  local record = read_record(found[2])
+  if found[2] and not record then poisoned = (poisoned and poisoned .. ',' or '') .. 'p:' .. process end
+  state.poisoned = poisoned or false
+  state.woken, state.override, state.config = found[3] or '', found[4] or '', found[5] or ''
+  state.was_woken, state.was_override, state.was_config = state.woken, state.override, state.config
+  return state, record
 end
 
--- Write the state, with `extra` field, value pairs, in one command.
+-- Write the state, with `extra` field, value pairs, in one command. A poisoned state is left as it is for
+-- the call that heals it.
 local function save(state, extra)
   local fields = extra or {}
   local n = #fields
-  fields[n + 1], fields[n + 2] = 'state', write_state(state)
-  if state.woken ~= state.was_woken then fields[n + 3], fields[n + 4] = 'woken', state.woken end
+  if not state.poisoned then fields[n + 1], fields[n + 2] = 'state', write_state(state) end
+  n = #fields
+  if state.woken ~= state.was_woken then fields[n + 1], fields[n + 2] = 'woken', state.woken end
   n = #fields
   if state.override ~= state.was_override then fields[n + 1], fields[n + 2] = 'override', state.override end
-  redis.call('HSET', GATE, unpack(fields))
+  n = #fields
+  if state.config ~= state.was_config then fields[n + 1], fields[n + 2] = 'config', state.config end
+  if #fields > 0 then redis.call('HSET', GATE, unpack(fields)) end
+end
+
+-- One entry of the trail, at `at` us: what happened, why, the values before and after, and who did it.
+-- Written only when something happens; the trail keeps about 1,000 entries, for a week after the last.
+local function event(at, what, why, from, to, who)
+  redis.call('XADD', EVENTS, 'MAXLEN', '~', 1000, '*', 'at', whole(at), 'what', what, 'why', why,
+    'from', from, 'to', to, 'who', who)
+  redis.call('PEXPIRE', EVENTS, WEEK)
 end
 
 local function clock(state)
@@ -131,6 +162,12 @@ local function clock(state)
   if not now then
     local time = redis.call('TIME')
     now = tonumber(time[1]) * 1000000 + tonumber(time[2])
+  end
+  if now < state.last - 1000000 and state.stepped == 0 then
+    event(state.last, 'clock', 'went back', exact(state.last / 1000000), exact(now / 1000000), 'redis')
+    state.stepped = 1
+  elseif now >= state.last and state.stepped == 1 then
+    state.stepped = 0
   end
   return math.max(now, state.last)
 end
@@ -140,18 +177,20 @@ end
 local function extend_after_stall(state, now)
   local gap = now - state.last
   if state.gen > 0 and gap > 0.6 * state.lease then
+    local extended = 0
     local alive = redis.call('ZRANGEBYSCORE', LEASES, whole(state.last), '+inf', 'WITHSCORES')
     for i = 1, #alive, 2 do
       local record = read_record(redis.call('HGET', GATE, 'p:' .. alive[i]))
       if record and not record.extended and alive[i] ~= ARGV[1] then
         local ends = tonumber(alive[i + 1])
-        record.extended = true
+        record.extended, extended = true, extended + 1
         record.ends = math.max(ends, math.min(ends + gap, now + state.lease))
         redis.call('ZADD', LEASES, whole(record.ends), alive[i])
         redis.call('HSET', GATE, 'p:' .. alive[i], write_record(record))
       end
     end
     state.reap_at = 0
+    if extended > 0 then event(now, 'stall', 'no call arrived', '0', exact(gap / 1000000), 'redis') end
   end
   state.last = now
 end

@@ -12,7 +12,9 @@
 | later | zset | job id -> due time, us; the job is parked in its queue too | until due |
 | jobs | hash | job id -> record from first claim to done | until the job is done |
 | saved | hash | job id -> checkpoint of its run | until the job is done |
-| override | string | the operator's values | none: the operator clears it |
+| events | stream | what happened to the limit, about 1,000 entries | 7 days after the last entry |
+| samples | list | 'time admissions peak level' every 5 s in which somebody calls, 240 of them | as gate |
+| override | string | the operator's values and pause | none while something in it lasts, then 7 days |
 | batch:B, done:B, out:B, base:B | hash, bitmap, stream, string | a batch: counts, done bits, outcomes, shared store | deleted by the producer, else 7 days after its last outcome |
 | blob:B:I:A | string | an outcome too large for a call | 7 days |
 | arq:job:ID, arq:in-progress:ID | string | payload; claimed by | until done; while claimed |
@@ -50,10 +52,12 @@ class GateKeys:
         self.jobs = self.root + "jobs"
         self.flows = self.root + "flows"
         self.override = self.root + "override"
+        self.events = self.root + "events"
+        self.samples = self.root + "samples"
 
     @property
     def all(self) -> list[str]:
-        """KEYS of every script, in the order `gate.lua` names them."""
+        """KEYS of every script, in the order `gate.lua` names them; the others it computes."""
         return [
             self.gate,
             self.leases,

@@ -133,3 +133,20 @@ class Limits:
                 "1" if self.additive else "0",
             )
         )
+
+
+def shown_values(argument: str) -> str:
+    """What `as_argument` wrote, for people.
+
+    >>> shown_values(Limits("users", 5, 60, initial_concurrent=2, min_concurrent=1).as_argument())
+    'max_concurrent=5, max_per_minute=60, min=1, initial=2'
+    """
+    words = argument.split()
+    if len(words) < 10:
+        return argument
+    window_s = int(words[4]) / 1e6
+    per = "max_per_minute" if window_s == 60 else f"starts in {window_s:g} s"
+    values = [f"max_concurrent={words[0]}", f"{per}={words[3] if words[3] != '0' else 'none'}"]
+    if words[1] != words[0] or words[2] != words[0]:
+        values += [f"min={words[1]}", f"initial={words[2]}"]
+    return ", ".join(values)

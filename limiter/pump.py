@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from redis.exceptions import RedisError, ResponseError
 
 from limiter.alarm import Alarm
+from limiter.control import may_be_poison, repair
 from limiter.errors import LimitsError
 from limiter.keys import GateKeys
-from limiter.limits import Limits
+from limiter.limits import Limits, shown_values
 from limiter.line import Line
 from limiter.news import News
 from limiter.permit import Permit
@@ -73,6 +74,7 @@ class Pump:
         self._seq = self._birth = self._started = self._cut = 0
         self._remember_until = 0.0
         self._override = ""
+        self._notes: set[str] = set()
         self._reset = False
         self._in_flight: Call | None = None
         self._early: list[Grant] = []  # grants that overtook the answer they belong to
@@ -291,9 +293,22 @@ class Pump:
             except (RedisError, OSError) as error:
                 if isinstance(error, ResponseError) and str(error).startswith("NOLIMITS"):
                     raise _NoValues from None
+                if isinstance(error, ResponseError) and may_be_poison(error):
+                    await self._repair(call)
                 self._process.trouble(error)
             await asyncio.sleep(pause_s)
             pause_s = min(1.0, pause_s * 2)
+
+    async def _repair(self, call: Call) -> None:
+        """A script met what it cannot read: have it mended, and say so once."""
+        batches = {entry.job.rpartition(":")[0].partition("}:")[2] for entry in call.entries}
+        try:
+            change = await repair(self._process.client, self.name, self._process.id, call.flows, batches)
+        except (RedisError, OSError) as error:
+            log.debug("gate.not_repaired limit=%s error=%s", self.name, error)
+            return
+        if change.repaired:
+            log.warning("gate.repaired limit=%s what=%s", self.name, change.repaired)
 
     def _forget(self, call: Call) -> None:
         """The gate has no values and noted nothing: fail who waits, unless values were brought meanwhile."""
@@ -321,6 +336,8 @@ class Pump:
             return
         self._birth, self._started, self._cut = answer.birth, answer.started, answer.cut
         self._override = answer.override
+        if answer.note:
+            self._hear_note(answer.note)
         self.joined = not call.leave
         self.spoke_at = monotonic()
         self.lease_until = sent + answer.lease_s - self.margin_s
@@ -352,6 +369,25 @@ class Pump:
         """How long before its end a lease counts as lost: 2 s of the default 15."""
         lease_s = self.limits.lease_s if self.limits else 15.0
         return min(2.0, lease_s * 2 / 15)
+
+    def _hear_note(self, note: str) -> None:
+        """Each note of the gate is logged once."""
+        if note in self._notes:
+            return
+        self._notes.add(note)
+        what, _, rest = note.partition("=")
+        if what == "repaired":
+            self._notes.discard(note)  # a second time is news again
+            log.warning("gate.repaired limit=%s what=%s", self.name, rest)
+        else:
+            mine, theirs = shown_values(self._config), shown_values(rest.replace(",", " "))
+            log.warning(
+                "limit.two_values limit=%s ours=(%s) theirs=(%s) in_force=%s",
+                self.name,
+                mine,
+                theirs,
+                "ours, we started later" if what == "older" else "theirs, they started later",
+            )
 
     def _hear_refused(self, call: Call, refused: list[str]) -> None:
         if not refused:

@@ -9,7 +9,13 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from redis.commands.core import AsyncScript, Script
 
-PARTS = {"sync.lua": ("gate.lua", "call.lua", "settle.lua", "admit.lua", "wake.lua")}
+PARTS = {
+    "sync.lua": (
+        *("gate.lua", "override.lua", "heal.lua"),
+        *("call.lua", "trail.lua", "settle.lua", "admit.lua", "wake.lua"),
+    ),
+    "control.lua": ("gate.lua", "override.lua", "heal.lua"),
+}
 SHARED = ("gate.lua",)
 
 

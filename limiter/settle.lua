@@ -187,6 +187,7 @@ local function grow(ceiling)
     level = math.max(level + 1, level * state.factor)
     state.oks = 0
   end
+  tell_recovery(math.min(ceiling, level), ceiling)
   state.level = math.min(ceiling, level)
 end
 
@@ -194,13 +195,17 @@ end
 -- none of those ended, any. Growth only while the level is what holds the fleet back.
 local function adapt(in_use_before)
   local ceiling = gate.max
-  if call.pause > 0 then state.pause = math.max(state.pause, now + call.pause) end
+  if call.pause > 0 then pause_for(call.pause) end
   local floor = math.min(state.min, ceiling)
   if call.reset then
-    state.level, state.oks, state.steep = math.max(floor, math.min(state.initial, ceiling)), 0, 0
+    reset_level(state, now, 'asked for', me)
+  elseif in_use_before == 0 and state.admitted > 0 and now - state.admitted >= math.max(IDLE, state.window) then
+    reset_level(state, now, 'idle', me)
   end
   if call.refused > 0 and (call.refused > state.cut or now - state.quiet > 30000000) then
+    local before = state.level
     state.level = math.max(floor, state.level * state.backoff)
+    tell_cut(before)
     state.cut, state.oks, state.quiet, state.steep = state.attempt, 0, now, state.level
   elseif call.successes > 0 and call.counted_under == state.cut then
     state.quiet = now
@@ -215,6 +220,6 @@ local function settle()
   if call.leave then return_jobs(record.number, 0) end -- granted in an answer that it never heard
   gate.ended = math.max(0, record.held - call.held)
   state.in_use = math.max(0, state.in_use + call.held - record.held)
-  record.held = call.held
+  if call.held ~= record.held then record.held, record.since = call.held, now end
   adapt(in_use_before)
 end

@@ -26,15 +26,19 @@
 --                      | keep (still running; sent after status 1)
 --
 -- Returns {header, override, ids refused, then per job: id, attempt, deaths, refused, backs, saved, payload}
---   header 'status permits wait now birth started cut level in_use used stamp slack lease reason attempt'
+--   header 'status permits wait now birth started cut level in_use used stamp slack lease reason attempt',
+--   and then, only if there is one, a note: !newer=<limits> or !older=<limits> (another living process
+--   brought these; the newer are in force) or !repaired=<fields> (they were poisoned); ',' for ' '
 --   status 0 = ok, 1 = you were unknown: nothing admitted, send your claims again with 'keep'
 --   reason '-' | level | window | pause | cold | turn | jobs     why less than wanted was given
 -- A refusal burns no start and takes no slot; it may take a ticket.
 -- Cost: O(entries + jobs + log(processes) + log(queue)); nothing grows with workers or queue length.
 --
--- The steps are in call.lua (meet, reap, join), settle.lua, admit.lua and wake.lua.
+-- The steps are in call.lua (meet, reap, join), settle.lua, admit.lua and wake.lua; what the operator says
+-- is in override.lua, what mends a poisoned state in heal.lua, what is told in trail.lua.
 
 if record and call.seq < record.seq then return { '-1' } end
+if state.poisoned then gate.note = 'repaired=' .. heal(state, now, call.birth) end
 extend_after_stall(state, now)
 if record and call.seq == record.seq then return answer_again() end
 if not meet_gate() then return redis.error_reply('NOLIMITS this limit has no values yet') end

@@ -113,6 +113,7 @@ class Answer:
     lease_s: float
     reason: str
     attempt: int
+    note: str
     override: str
     refused: list[str]
     jobs: list[Claimed]
@@ -153,7 +154,7 @@ def read_answer(reply: Sequence[Any]) -> Answer:
     """Decode the reply of `sync.lua` (bytes, as redis-py gives it)."""
     head = reply[0].decode().split(" ")
     if head[0] == "-1":
-        return Answer(STALE, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, "-", 0, "", [], [])
+        return Answer(STALE, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, "-", 0, "", "", [], [])
     jobs = [
         Claimed(
             reply[i].decode(),
@@ -182,6 +183,7 @@ def read_answer(reply: Sequence[Any]) -> Answer:
         lease_s=int(head[12]) / 1e6,
         reason=head[13],
         attempt=int(head[14]),
+        note=head[-1][1:] if head[-1][0] == "!" else "",
         override=reply[1].decode(),
         refused=reply[2].decode().split(),
         jobs=jobs,

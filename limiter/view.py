@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
+from limiter.control import FOREVER_US, Override, read_override
 from limiter.keys import GateKeys
+
+
+@dataclass(frozen=True)
+class OverrideView:
+    """An operator's values. `None` = not overridden (or none, in the old values); a rate of 0 is none."""
+
+    max_concurrent: int | None
+    max_per_window: int | None
+    by: str
+    at: float
+    old_max_concurrent: int | None
+    old_max_per_window: int | None
 
 
 @dataclass(frozen=True)
@@ -32,14 +49,26 @@ class GateView:
     closed_for_s: float
     next_start_s: float
     served: bool
+    alive: bool = True
+    """False: nobody has called for long; only the operator's word is kept."""
+    paused_by: str | None = None
+    """Who paused, None where the provider did (a refusal with Retry-After) or nothing is paused."""
+    paused_until: float | None = None
+    """Seconds since 1970 by Redis' clock; None: not paused, or until resumed (`paused_for_s` is inf)."""
+    override: OverrideView | None = None
+    """The operator's values; `max_concurrent` and `max_per_window` above are those in force."""
 
     def holds_back(self) -> str:
         """What keeps the next run from starting, in words; '' if nothing does."""
+        if self.paused_for_s > 0 and self.paused_by:
+            return f"paused by {self.paused_by} {self.pause_ends()}"
         if self.closed_for_s > 0:
             return f"cold start: admits again in {self.closed_for_s:.0f} s"
         if self.paused_for_s > 0:
             until = time.strftime("%H:%M:%S", time.localtime(time.time() + self.paused_for_s))
             return f"pause asked for by the provider, {self.paused_for_s:.0f} s more, until {until}"
+        if not self.alive:
+            return ""
         if self.max_per_window and self.used >= self.max_per_window:
             return (
                 f"window: {self.used} of {self.max_per_window} starts in {self.window_s:g} s, "
@@ -51,9 +80,19 @@ class GateView:
             return "no worker lives"
         return ""
 
+    def pause_ends(self) -> str:
+        """'until 12:30:05 (12 s more)' or 'until resumed'."""
+        if math.isinf(self.paused_for_s):
+            return "until resumed"
+        until = time.strftime("%H:%M:%S", time.localtime(time.time() + self.paused_for_s))
+        return f"until {until} ({self.paused_for_s:.0f} s more)"
+
 
 async def read_gate(client: Redis, name: str) -> GateView | None:
-    """The gate of a limit, or None if there is none (nobody has called yet, or not for a long time)."""
+    """The gate of a limit, or None if there is none (nobody has called yet, or not for a long time).
+
+    An operator's pause or values that wait for a gate are shown too, with `alive=False`.
+    """
     keys = GateKeys(name)
     async with client.pipeline(transaction=False) as pipe:
         pipe.hget(keys.gate, "state")
@@ -61,11 +100,20 @@ async def read_gate(client: Redis, name: str) -> GateView | None:
         pipe.smembers(keys.flows)
         pipe.zcard(keys.leases)
         pipe.get(keys.override)
-        text, (seconds, micros), flows, living, _override = await pipe.execute()
-    if text is None:
-        return None
-    state: dict[str, float] = json.loads(text)
+        pipe.hget(keys.gate, "override")
+        text, (seconds, micros), flows, living, kept, said = await pipe.execute(raise_on_error=False)
+    alive = isinstance(text, bytes)
+    state = read_state(text)
+    flows, living = ([], 0) if isinstance(flows, Exception) else (flows, living)
     now = max(seconds * 1e6 + micros, state["last"])
+    word = said if alive else kept
+    override = read_override(word.decode()) if isinstance(word, bytes) else Override()
+    if not alive and not (override.set_at or override.paused_until):
+        return None
+    state["max"] = override.max_concurrent or state["max"]
+    if override.max_per_window is not None:
+        state["rate"] = override.max_per_window
+    paused_until, paused_by = _pause(state["pause"], override, now)
     used, next_start = await _window(client, keys, state, now)
     opens = (
         state["gen"] + max(state["lease"], state["window"] if state["rate"] else 0) if state["cold"] else 0
@@ -79,17 +127,58 @@ async def read_gate(client: Redis, name: str) -> GateView | None:
         max_per_window=int(state["rate"]) or None,
         window_s=state["window"] / 1e6,
         lease_s=state["lease"] / 1e6,
-        level=state["level"],
+        level=min(state["level"], state["max"]) if state["ceiling"] else state["level"],
         in_use=int(state["in_use"]),
         used=used,
         waiting_processes=int(state["waiting"]),
         processes=living,
         waiting_jobs=waiting,
-        paused_for_s=max(0.0, (state["pause"] - now) / 1e6),
+        paused_for_s=math.inf if paused_until == FOREVER_US else max(0.0, (paused_until - now) / 1e6),
         closed_for_s=max(0.0, (opens - now) / 1e6),
         next_start_s=next_start,
         served=living > 0,
+        alive=alive,
+        paused_by=paused_by,
+        paused_until=paused_until / 1e6 if now < paused_until < FOREVER_US else None,
+        override=_override_view(override),
     )
+
+
+def _pause(provider: float, override: Override, now: float) -> tuple[float, str | None]:
+    """Until when nothing is admitted, us, and who said so if an operator did."""
+    mine = override.paused_until or 0
+    if mine > now and mine >= provider:
+        return mine, override.paused_by
+    return provider, None
+
+
+def _override_view(override: Override) -> OverrideView | None:
+    if override.set_at is None:
+        return None
+    return OverrideView(
+        max_concurrent=override.max_concurrent,
+        max_per_window=override.max_per_window,
+        by=override.set_by or "",
+        at=override.set_at / 1e6,
+        old_max_concurrent=override.old_max or None,
+        old_max_per_window=override.old_rate or None,
+    )
+
+
+def read_state(text: Any) -> defaultdict[str, float]:
+    """The gate's field `state`; what is missing or poisoned reads as 0, as in `gate.lua`."""
+    state: defaultdict[str, float] = defaultdict(float)
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        state.update({name: _number(value) for name, value in json.loads(text).items()})
+    return state
+
+
+def _number(value: Any) -> float:
+    try:
+        number = float(value or 0)
+    except (ValueError, TypeError):
+        return 0.0
+    return number if math.isfinite(number) and number >= 0 else 0.0
 
 
 async def _window(client: Redis, keys: GateKeys, state: dict[str, float], now: float) -> tuple[int, float]:
@@ -97,16 +186,21 @@ async def _window(client: Redis, keys: GateKeys, state: dict[str, float], now: f
     rate = int(state["rate"])
     if not rate:
         return 0, 0.0
-    stamps: Any = await client.lrange(keys.starts, -rate, -1)  # type: ignore[misc]
-    inside = [float(stamp) for stamp in stamps if float(stamp) > now - state["window"]]
+    try:
+        stamps: Any = await client.lrange(keys.starts, -rate, -1)  # type: ignore[misc]
+    except ResponseError:
+        stamps = []
+    inside = [_number(stamp) for stamp in stamps if _number(stamp) > now - state["window"]]
     if len(inside) < rate:
         return len(inside), 0.0
     return len(inside), max(0.0, (inside[0] + state["window"] - now) / 1e6)
 
 
 async def known_limits(client: Redis) -> list[str]:
-    """Names of the limits that have a gate, in order."""
-    found = []
-    async for key in client.scan_iter(match="pocketfleet:{*}:gate", count=1000):
-        found.append(key.decode()[len("pocketfleet:{") : -len("}:gate")])
+    """Names of the limits that have a gate, or an operator's word that waits for one, in order."""
+    found = set()
+    async for key in client.scan_iter(match="pocketfleet:{*}:*", count=1000):
+        name, _, what = key.decode()[len("pocketfleet:{") :].partition("}:")
+        if what == "gate" or (what == "override" and await read_gate(client, name)):
+            found.add(name)
     return sorted(found)

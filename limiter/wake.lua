@@ -5,7 +5,7 @@ local function next_free()
   if now < gate.closed_until then return gate.closed_until end
   if math.floor(state.level) - state.in_use <= 0 then return nil end
   if gate.rate > 0 and gate.used >= gate.rate then
-    return tonumber(redis.call('LINDEX', STARTS, gate.used - gate.rate)) + state.window
+    return math.min(tonumber(redis.call('LINDEX', STARTS, gate.used - gate.rate)), PARKED) + state.window
   end
   return now
 end
@@ -23,8 +23,9 @@ local function grant_head()
   local stamp = stamp_starts(count)
   state.attempt = state.attempt + count
   state.in_use = state.in_use + count
-  gate.free, gate.used = gate.free - count, gate.used + (gate.rate > 0 and count or 0)
-  record.held, record.want = record.held + count, record.want - count
+  gate.free, gate.used = gate.free - count, gate.used + (gate.logs and count or 0)
+  record.held, record.want, record.since, state.admitted = record.held + count, record.want - count, now, now
+  state.peak = math.max(state.peak, state.in_use)
   if record.want > 0 then take_ticket(head) else drop_ticket(head, record) end
   redis.call('HSET', GATE, 'p:' .. head, write_record(record))
   tell(head, string.format('grant %.0f %.0f %.0f %.0f %.0f %.0f', record.seq, count, state.attempt, stamp,
@@ -154,6 +155,7 @@ local function header()
   return string.format('%d %d %.0f %.0f %.0f %.0f %.0f %s %.0f %.0f %.0f %.0f %.0f %s %.0f',
     gate.unknown and 1 or 0, gate.permits, wait, now, state.gen, call.started, state.cut, exact(state.level),
     state.in_use, gate.used, gate.stamp, state.slack, record.ends - now, why, gate.permit_attempt)
+    .. (gate.note and ' !' .. string.gsub(gate.note, ' ', ',') or '')
 end
 
 local function with_jobs(head, refused, claimed)
@@ -165,6 +167,7 @@ end
 local function reply()
   local renew = now - state.touched >= state.lease / 3
   if renew then state.touched = now end
+  if now - state.sampled >= SAMPLE_EVERY then take_sample() end
   local head, refused = header(), table.concat(gate.refused, ' ')
   if call.leave then
     leave()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         SettingsError,
     )
     from limiter.limit import limit
+    from limiter.operate import limits
     from limiter.permit import Permit
     from limiter.refusal import RateLimitHit
     from producer.adaptive import AdaptiveThrottledBatchFlow
@@ -49,6 +50,7 @@ __all__ = [
     "ThrottledParallelBatchNode",
     "WorkerError",
     "limit",
+    "limits",
 ]
 
 _ROOMS = ("limiter", "worker", "producer")
@@ -62,6 +64,7 @@ _HOMES = {
         "SettingsError",
     ),
     "limiter.limit": ("limit",),
+    "limiter.operate": ("limits",),
     "limiter.permit": ("Permit",),
     "limiter.refusal": ("RateLimitHit",),
     "producer.adaptive": ("AdaptiveThrottledBatchFlow",),

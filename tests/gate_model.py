@@ -22,6 +22,7 @@ import redis
 from servers import client_of
 
 import producer
+from limiter.control import CONTROL
 from limiter.keys import GateKeys, wake_channel
 from limiter.limits import Limits
 from limiter.script import sync_script
@@ -32,6 +33,7 @@ T0 = 10**15
 """A birth of a gate in tests, us: as many digits as a real one."""
 PARKED = 2**52
 GRACE_US = 200_000
+IDLE_US = 300_000_000
 WEEK_MS = 604_800_000
 ENDED = ("completed", "failed", "aborted", "quarantined", "lost")
 FOREVER = math.inf
@@ -51,6 +53,8 @@ class Gate:
         self._sync = sync_script(client, SYNC)
         self._renew = sync_script(client, RENEW)
         self._enqueue = sync_script(client, ENQUEUE)
+        self._control = sync_script(client, CONTROL)
+        self._requests = itertools.count()
         self._fake = fake
         self._pubsub = client.pubsub()
         self._pubsub.psubscribe(wake_channel("*"))
@@ -75,6 +79,17 @@ class Gate:
         reply: list[int] = self._enqueue(keys=self.keys.all, args=["", now, batch, flow, spacing, *pairs])
         self._collect()
         return reply
+
+    def control(self, now: int, act: str, first: Any = "", second: Any = "", request: str = "") -> list[Any]:
+        args = ["", now, act, "ana", request or f"r{next(self._requests)}", first, second]
+        reply: list[Any] = self._control(keys=self.keys.all, args=args)
+        self._collect()
+        return reply
+
+    def events(self) -> list[tuple[str, str, str]]:
+        """The trail: what, from, to."""
+        rows: Any = self.client.xrange(self.keys.events)
+        return [(r[b"what"].decode(), r[b"from"].decode(), r[b"to"].decode()) for _, r in rows]
 
     def take_messages(self) -> list[tuple[str, int]]:
         taken, self.heard = self.heard, []
@@ -230,8 +245,29 @@ class Ledger:
         self.level = self.ceiling = 0.0
         self.cut = self.oks = self.quiet = self.pause = 0
         self.stamps: list[int] = []
+        self.admitted = 0
+        self.word = self.kept = ""
+        """What the operator said: as the gate has it, and the key that outlives the gate."""
 
     # what is asked of it
+
+    def said(self, at: int) -> int | None:
+        """One of the first four words of the operator: max, rate, pause, when."""
+        words = self.word.split()
+        return int(words[at]) if words and words[at] != "-" else None
+
+    @property
+    def top(self) -> int:
+        """The ceiling of the level: the operator's, else the limit's own."""
+        return self.said(0) or int(self.limits[0])
+
+    @property
+    def logged(self) -> bool:
+        """Starts are written down while a rate holds, also one that the operator has lifted."""
+        return bool(self.rate or self.limits[3])
+
+    def closed_until(self) -> int:
+        return max(self.pause, self.opens(), self.said(2) or 0)
 
     @property
     def lease(self) -> int:
@@ -239,7 +275,8 @@ class Ledger:
 
     @property
     def rate(self) -> int:
-        return int(self.limits[3])
+        lifted = self.said(1)
+        return int(self.limits[3]) if lifted is None else lifted
 
     @property
     def window(self) -> int:
@@ -249,7 +286,7 @@ class Ledger:
         return sum(member.held for member in self.members.values())
 
     def used(self, now: int) -> int:
-        return sum(stamp > now - self.window for stamp in self.stamps) if self.rate else 0
+        return sum(stamp > now - self.window for stamp in self.stamps) if self.logged else 0
 
     def opens(self) -> int:
         return self.birth + max(self.lease, self.window if self.rate else 0) if self.cold else 0
@@ -259,7 +296,7 @@ class Ledger:
         return sorted(found, key=lambda item: (item.place, item.id))
 
     def free(self, now: int) -> int:
-        if now < max(self.pause, self.opens()):
+        if now < self.closed_until():
             return 0
         free = math.floor(self.level) - self.in_use()
         return min(free, self.rate - self.used(now)) if self.rate else free
@@ -278,6 +315,42 @@ class Ledger:
         member.extended = False
         member.ends = max(member.ends, now + self.lease)
         assert reply == member.ends - now
+
+    def control(self, now: int, act: str, first: Any, second: Any, reply: list[Any]) -> None:
+        """An operator's command; what it says beyond the first four words is taken from the reply."""
+        if self.birth:
+            now = self._clock(now, "")
+        before = self.word = self.word if self.birth else self.kept
+        words = (before.split() or ["-", "-", "-"])[:3]
+        level = before.split()[9] if before else "-"
+        overridden = words[0] != "-"
+        if act == "set":
+            words[:2] = [str(first or words[0]), str(second if second != "" else words[1])]
+        elif act == "clear":
+            if overridden and self.birth and self.level >= self.ceiling:
+                own = self.limits[0]
+                self.level = min(own, own if level == "top" else max(float(level), self.level))
+                self.ceiling = own
+            words[:2] = ["-", "-"]
+        elif act == "pause":
+            words[2] = str(PARKED if first == "" else min(PARKED, now + int(first)))
+        elif act == "resume":
+            words[2] = "-"
+            self.pause = min(self.pause, now)
+        elif act == "reset":
+            if self.birth:
+                self.level, self.oks = self._initial(), 0
+            return
+        told = reply[2].decode().split(" ")
+        assert told[:3] == words, (act, told, words)
+        assert int(told[3]) > int((before.split() or ["-", "-", "-", "-1"])[3]), "an older word"
+        self.word = self.kept = reply[2].decode()
+
+    def _initial(self) -> float:
+        top, bottom, initial = self.ceiling, self.limits[1], self.limits[2]
+        if initial >= self.limits[0]:
+            return top
+        return max(min(bottom, top), min(initial, top))
 
     def enqueue(
         self, now: int, batch: str, flow: str, items: dict[int, bytes], spacing: float, reply: list[int]
@@ -312,7 +385,8 @@ class Ledger:
             return read_answer(raw)
         now = self._clock(now, me)
         if member and call.seq == member.seq:
-            assert raw == member.raw, f"same seq, other answer:\n{raw}\n{member.raw}"
+            same = [member.raw[0], self.word.encode(), *member.raw[2:]]  # the operator's word is today's
+            assert raw == same, f"same seq, other answer:\n{raw}\n{same}"
             member.extended, member.ends = False, now + self.lease
             self.counts["repeated"] += 1
             return read_answer(raw)
@@ -362,14 +436,19 @@ class Ledger:
         if not self.birth:
             self.birth = self.attempt = now
             self.place = 1
+            self.word = self.kept
+        if call.override and int(call.override.split()[3]) > (-1 if not self.word else self.said(3) or 0):
+            self.word = self.kept = call.override
         if 0 < call.birth < self.birth:
             self.cold = True
         started = call.started or now
         if call.limits and started > self.config_from:
             self.limits = [float(word) for word in call.limits.split()]
             self.config_from = started
-        ceiling = self.limits[0]
-        self.level = self.level or self.limits[2]
+        ceiling = float(self.top)
+        last, self.ceiling = self.ceiling, ceiling
+        self.level = self.level or self._initial()
+        self.ceiling = last
         if self.ceiling and self.level >= self.ceiling:
             self.level = ceiling
         self.level = max(min(self.limits[1], ceiling), min(self.level, ceiling))
@@ -427,7 +506,10 @@ class Ledger:
     def _adapt(self, call: Call, in_use: int, now: int) -> None:
         if call.pause_us:
             self.pause = max(self.pause, now + call.pause_us)
-        top, bottom, _, _, _, _, backoff, threshold, factor, _ = self.limits
+        _, bottom, _, _, _, _, backoff, threshold, factor, _ = self.limits
+        top = float(self.top)
+        if call.reset or (not in_use and self.admitted and now - self.admitted >= max(IDLE_US, self.window)):
+            self.level, self.oks = self._initial(), 0
         if call.refused and (call.refused > self.cut or now - self.quiet > 30_000_000):
             self.level = max(min(bottom, top), self.level * backoff)
             self.cut, self.oks, self.quiet = self.attempt, 0, now
@@ -444,7 +526,7 @@ class Ledger:
         for stamp, count in zip(words[::2], words[1::2], strict=True):
             for _ in range(min(count, self.stamps.count(stamp))):
                 self.stamps.remove(stamp)
-        if self.rate:
+        if self.logged:
             self.stamps = [stamp for stamp in self.stamps if stamp > now - self.window]
 
     def _release_due(self, now: int) -> None:
@@ -474,14 +556,16 @@ class Ledger:
         member.idle = flows if not left and len(answer.jobs) < wanted_jobs and not call.leave else ()
         member.held += given
         self.counts["grants"] += given
-        if given and self.rate:
+        if given:
+            self.admitted = now
+        if given and self.logged:
             slack = round(answer.slack_s * 1e6)
             assert answer.stamp == now + slack
             assert not self.stamps or self.stamps[-1] <= answer.stamp, "stamps out of order"
             self.stamps += [answer.stamp] * given
         if given:
             self.starts += [(now, answer.stamp or now)] * given
-        assert self.used(now) <= self.rate or not given
+        assert not given or not self.rate or self.used(now) <= self.rate
 
     def _pushes(self, call: Call, slack: int, now: int) -> None:
         """Grants to others: to who waits for permits, of what is free, up to a fair share."""
@@ -497,9 +581,10 @@ class Ledger:
             assert (grant.seq, grant.now) == (member.seq, now)
             self.attempt += grant.count
             assert grant.attempt == self.attempt
-            latest = now + slack if self.rate else 0
+            latest = now + slack if self.logged else 0
             assert (grant.stamp, round(grant.slack_s * 1e6)) == (latest, slack)
-            if self.rate:
+            self.admitted = now
+            if self.logged:
                 self.stamps += [latest] * grant.count
             self.starts += [(now, latest or now)] * grant.count
             member.held += grant.count
@@ -534,8 +619,9 @@ class Ledger:
 
     def _header(self, answer: Answer, now: int) -> None:
         assert (answer.now, answer.birth, answer.cut) == (now, self.birth, self.cut)
+        assert answer.override == self.word, (answer.override, self.word)
         assert answer.level == self.level, (answer.level, self.level)
-        assert min(self.limits[1], self.limits[0]) <= answer.level <= self.limits[0]
+        assert min(self.limits[1], self.top) <= answer.level <= self.top
         assert answer.in_use == self.in_use(), f"in_use {answer.in_use}, held {self.in_use()}"
         assert answer.used == self.used(now), (answer.used, self.used(now))
         assert answer.attempt <= self.attempt
@@ -629,6 +715,7 @@ class Pump:
     birth: int = 0
     started: int = 0
     cut: int = 0
+    override: str = ""
     last_start: int = 0
     runs: dict[str, int] = field(default_factory=dict)
     """Jobs that run here, with their attempts."""
@@ -663,6 +750,7 @@ class Pump:
             birth=self.birth if remembers else 0,
             started=self.started,
             limits=self.limits.as_argument(),
+            override=self.override,
             successes=self.successes,
             counted_under=self.cut,
             refused=self.refused,
@@ -692,6 +780,7 @@ class Pump:
         for job in lost:
             del self.runs[job]
         self.birth, self.started, self.cut = answer.birth, answer.started, answer.cut
+        self.override = answer.override
         self.permits += answer.permits
         self.wanted -= answer.permits
         for taken in answer.jobs:
@@ -749,7 +838,7 @@ class Fleet:
     # what tests say
 
     def at(self, after_us: int, what: str, *data: Any) -> None:
-        """Plan `enqueue`, `want`, `die`, `leave`, `pause` for `after_us` after the beginning."""
+        """Plan `enqueue`, `want`, `die`, `leave`, `pause`, `control` for `after_us` after the beginning."""
         self._push(T0 + after_us, what, data)
 
     def run(self, for_us: int, most_calls: int = 20_000) -> None:
@@ -784,7 +873,7 @@ class Fleet:
         ledger = self.ledger
         if not ledger.limits or math.floor(ledger.level) - ledger.in_use() <= 0:
             return FOREVER
-        room = max(ledger.pause, ledger.opens())
+        room = ledger.closed_until()
         if ledger.rate and ledger.used(self.now) >= ledger.rate:
             room = max(room, ledger.stamps[len(ledger.stamps) - ledger.rate] + ledger.window)
         work = min(
@@ -803,7 +892,9 @@ class Fleet:
         return 0 if any(item.state == "waiting" for item in mine) else min(due, default=FOREVER)
 
     def _is_done(self) -> bool:
-        planned = any(what in ("enqueue", "want", "leave", "die", "pause") for _, _, what, _ in self.events)
+        planned = any(
+            what in ("enqueue", "want", "leave", "die", "pause", "control") for _, _, what, _ in self.events
+        )
         living = [pump for who, pump in enumerate(self.pumps) if who not in self.gone]
         return not planned and not self.ledger.items and not any(p.held or p.wanted for p in living)
 
@@ -880,6 +971,11 @@ class Fleet:
     def _pause(self, who: int, pause_us: int) -> None:
         self.pumps[who].pause_us = pause_us
         self._call(who)
+
+    def _control(self, act: str, first: Any = "", second: Any = "") -> None:
+        reply = self.gate.control(self.now, act, first, second)
+        self.ledger.control(self.now, act, first, second, reply)
+        self._deliver()
 
     def _die(self, who: int) -> None:
         self.gone.add(who)

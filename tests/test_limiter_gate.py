@@ -454,17 +454,6 @@ def test_after_a_data_loss_claims_are_adopted_and_count(ledger: Ledger) -> None:
     assert taken(answer) == [2] and answer.jobs[0].attempt > T0 + S
 
 
-def test_an_override_outlives_the_gate(ledger: Ledger) -> None:
-    ledger.gate.client.set(ledger.gate.keys.override, "1 - -")
-    call = ask("A", 1, permits=2)
-    answer = ledger.gate.sync(call, T0)
-    assert answer[0].split()[1] == b"1" and answer[1] == b"1 - -"
-    ledger.gate.client.flushall()
-    again = ledger.gate.sync(ask("A", 2, held=1, birth=T0, override="1 - -"), T0 + S)
-    assert again[1] == b"1 - -"
-    assert ledger.gate.client.get(ledger.gate.keys.override) == b"1 - -"
-
-
 # waking ----------------------------------------------------------------------------------------
 
 

@@ -35,7 +35,7 @@ MOVES = {
     "late": 3, "again": 6, "lost": 5, "stale": 4, "enqueue": 8, "renew": 4, "pause": 1,
     "freeze": 2, "die": 3, "leave": 2, "stall": 2, "edge": 6, "late_grant": 4,
 }  # fmt: skip
-UPHEAVALS = {"change": 2, "flush": 1}
+UPHEAVALS = {"change": 2, "flush": 1, "control": 3}
 SHAPES = [
     Limits("L", 5, 8, window_s=10, lease_s=3),
     Limits("L", 3, None, lease_s=3),
@@ -264,6 +264,24 @@ class Episode:
     def pause(self, who: int, x: float) -> None:
         self.pumps[who].pause_us = int(x * 3e6)
 
+    def control(self, who: int, x: float) -> None:
+        """An operator sets other values, lifts the rate, pauses, or takes it back."""
+        self.settled = False
+        acts: list[tuple[str, Any, Any]] = [
+            ("set", 1 + int(x * 100) % 9, ""),
+            ("set", "", int(x * 1000) % 4 * 3),
+            ("pause", int(x * 4e6), ""),
+            ("pause", "", ""),
+            ("clear", "", ""),
+            ("resume", "", ""),
+            ("reset", "", ""),
+        ]
+        self.ask(*acts[int(x * len(acts))])
+
+    def ask(self, act: str, first: Any = "", second: Any = "") -> None:
+        reply = self.gate.control(self.now, act, first, second)
+        self.ledger.control(self.now, act, first, second, reply)
+
     def flush(self, who: int, x: float) -> None:
         """Redis loses its data; the next caller remembers it, or not."""
         self.gate.client.flushall()
@@ -294,6 +312,8 @@ class Episode:
     def drain(self) -> None:
         """Everything left ends, everybody leaves, and only what keys.py keeps is left."""
         self.frozen.clear()
+        for act in ("clear", "resume"):
+            self.ask(act)
         for _ in range(400):
             for who, pump in enumerate(self.pumps):
                 pump.wanted = pump.permits = 0
@@ -318,7 +338,8 @@ class Episode:
             most = busiest_window([began for _, began in self.began], int(self.limits.window_s * 1e6))
             assert most <= self.limits.max_per_window, f"{most} starts in a window"
         names = {k.decode().split(":")[2].partition(":")[0] for k in self.gate.client.keys("*")}
-        assert names <= {"gate", "starts", "flows", "batch", "done", "out"}, names
+        kept = {"gate", "starts", "flows", "batch", "done", "out", "events", "samples", "override"}
+        assert names <= kept, names
 
 
 # running and cutting down ----------------------------------------------------------------------

@@ -1,0 +1,84 @@
+-- override: the operator's word on a limit, and the values in force under it. Part of sync.lua and control.lua.
+--
+-- The word is twelve words of text, '-' = nothing said. Only the first four count for admission:
+--   max rate pause_until at   rate 0 = none; pause_until us, FOREVER = until resumed; at = when it was said, us
+--   request                   id of the command that said it: the same command again changes nothing
+--   set_at set_by old_max old_rate level   who set max and rate, what was in force before; the level then, or
+--                             'top' where it was at its ceiling
+--   paused_at paused_by       who paused
+-- The key keeps it without lifetime while something in it lasts; a word that has ended is kept for a week
+-- beyond that, so that no process which slept through its end brings it back. Of two words the later holds.
+
+local FOREVER = PARKED
+
+local function number_in(word, low, high)
+  local number = tonumber(word)
+  return number and number >= low and number <= high and number or nil
+end
+
+-- What counts of it, nil where nothing is said; nil for a text that is none.
+local function read_override(text)
+  local max, rate, pause, at, rest = string.match(text, '^(%S+) (%S+) (%S+) (%d+) (.+)$')
+  if not max then return nil end
+  local word = { at = tonumber(at), rest = rest, max = number_in(max, 1, 1000000), rate = number_in(rate, 0, 1000000),
+    pause = number_in(pause, 0, FOREVER) }
+  if max ~= '-' and not word.max or rate ~= '-' and not word.rate or pause ~= '-' and not word.pause then return nil end
+  return word
+end
+
+local function keep_override(text, now)
+  local word = read_override(text)
+  redis.call('SET', OVERRIDE, text)
+  if word.max or word.rate or word.pause == FOREVER then return end
+  redis.call('PEXPIRE', OVERRIDE, math.ceil(math.max(0, (word.pause or now) - now) / 1000) + WEEK)
+end
+
+-- The limits in force: of the process that started last, under the operator's word.
+local function effective(state, now)
+  if state.override == '' then return state.max, state.rate, 0 end
+  local word = read_override(state.override)
+  if not word then
+    event(now, 'repaired', 'poisoned', 'override', '', 'gate')
+    state.override = ''
+    redis.call('DEL', OVERRIDE)
+    return state.max, state.rate, 0
+  end
+  return word.max or state.max, word.rate or state.rate, word.pause or 0
+end
+
+-- Limits as they are brought, into the state; false for a text that is none.
+local function put_limits(state, text)
+  local v = {}
+  for word in string.gmatch(text, '%S+') do
+    v[#v + 1] = number_in(word, 0, math.huge)
+    if v[#v] == math.huge then return false end
+  end
+  if #v < 10 then return false end
+  state.max, state.min, state.initial, state.rate, state.window, state.lease = v[1], v[2], v[3], v[4], v[5], v[6]
+  state.backoff, state.threshold, state.factor, state.additive = v[7], v[8], v[9], v[10]
+  state.config = text
+  return true
+end
+
+local function initial_level(state, ceiling)
+  if state.initial >= state.max then return ceiling end -- a level that begins at its ceiling follows it
+  return math.max(math.min(state.min, ceiling), math.min(state.initial, ceiling))
+end
+
+-- A level at its ceiling follows the ceiling; a level below it stays.
+local function bound_level(state, ceiling)
+  if state.level == 0 then state.level = initial_level(state, ceiling) end
+  if state.ceiling > 0 and state.level >= state.ceiling then state.level = ceiling end
+  state.level = math.max(math.min(state.min, ceiling), math.min(state.level, ceiling))
+  state.ceiling = ceiling
+end
+
+-- The level goes back to where it began; no start and no slot is forgotten. TCP's slow start may go up to
+-- the level that an idle fleet last had.
+local function reset_level(state, now, why, who)
+  local before = state.level
+  state.level = initial_level(state, state.ceiling)
+  state.oks, state.steep = 0, why == 'idle' and before or 0
+  state.told, state.told_level = now, state.level
+  if why ~= 'idle' or before ~= state.level then event(now, 'reset', why, exact(before), exact(state.level), who) end
+end
