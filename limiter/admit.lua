@@ -30,13 +30,6 @@ local function trim_starts()
   return used - low
 end
 
--- A delayed run whose record is gone goes to where its queue is now.
-local function unpark(id)
-  for _, flow in ipairs(redis.call('SMEMBERS', FLOWS)) do
-    if redis.call('ZADD', queue_of(flow), 'XX', 'CH', whole(state.place), id) == 1 then returned_flows[flow] = true end
-  end
-end
-
 -- Runs whose time has come go back to their own places, at most 500 per call.
 local function release_due()
   if state.due == 0 or now < state.due then return end
@@ -47,7 +40,9 @@ local function release_due()
       redis.call('ZADD', queue_of(job.flow), whole(job.place), id)
       returned_flows[job.flow] = true
     else
-      unpark(id)
+      for _, flow in ipairs(redis.call('SMEMBERS', FLOWS)) do -- its record is gone: to where the queue is now
+        if redis.call('ZADD', queue_of(flow), 'XX', 'CH', whole(state.place), id) == 1 then returned_flows[flow] = true end
+      end
     end
     redis.call('ZREM', LATER, id)
   end

@@ -47,7 +47,7 @@ local function take_limits()
   local newer = call.started > state.config_from
   if call.limits ~= state.config then two_values(newer) end
   if not newer then return end
-  put_limits(state, call.limits)
+  rules().put_limits(state, call.limits)
   state.config_from = call.started
   state.reap_at = 0
 end
@@ -64,11 +64,12 @@ end
 
 -- After a data loss the newest word that a process remembers holds again.
 local function remember_override()
-  if call.override == state.override or not read_override(call.override) then return end
-  local mine = read_override(state.override)
-  if mine and mine.at >= read_override(call.override).at then return end
+  if call.override == state.override then return end
+  local rule = rules()
+  local theirs, ours = rule.read_override(call.override), rule.read_override(state.override)
+  if not theirs or ours and ours.at >= theirs.at then return end
   state.override = call.override
-  keep_override(state.override, now)
+  rule.keep_override(state.override, now)
   event(now, 'override', 'remembered by a process after a data loss', '', '', me)
 end
 
@@ -158,8 +159,9 @@ end
 local function bury(process)
   local dead = read_record(redis.call('HGET', GATE, 'p:' .. process))
   if not dead then
-    count_anew(state)
-    for _, flow in ipairs(free_orphans(state)) do returned_flows[flow] = true end
+    local healing = healer()
+    healing.count_anew(state)
+    for _, flow in ipairs(healing.free_orphans(state)) do returned_flows[flow] = true end
   else
     event(now, 'reaped', 'its lease ended', exact(dead.held), '0', process)
     state.in_use = math.max(0, state.in_use - dead.held)

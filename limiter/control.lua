@@ -16,11 +16,12 @@
 -- Who waits at the head is told, so that the change is in force at once. Cost: O(1); repair: O(state).
 
 local act, by, request = ARGV[3], ARGV[4], ARGV[5]
+local healing, rule = healer(), rules()
 
 -- The text of an override as a list of its twelve words.
 local function words_of(text)
   local words = {}
-  if read_override(text) then
+  if rule.read_override(text) then
     for word in string.gmatch(text, '%S+') do words[#words + 1] = word end
   end
   if #words ~= 12 then words = { '-', '-', '-', '0', '-', '-', '-', '-', '-', '-', '-', '-' } end
@@ -31,8 +32,8 @@ end
 local function drop_what_cannot_be_read()
   local dropped, beside = {}, {}
   for i = 6, #ARGV, 2 do beside[#beside + 1], beside[#beside + 2] = ROOT .. ARGV[i], ARGV[i + 1] end
-  local lost = drop_wrong(STATE_KEYS)
-  for _, list in ipairs({ lost, drop_wrong(SIDE_KEYS), drop_wrong(beside) }) do
+  local lost = healing.drop_wrong(healing.STATE_KEYS)
+  for _, list in ipairs({ lost, healing.drop_wrong(healing.SIDE_KEYS), healing.drop_wrong(beside) }) do
     for _, name in ipairs(list) do dropped[#dropped + 1] = name end
   end
   return dropped, #lost > 0
@@ -45,13 +46,13 @@ local state = load('')
 local now = clock(state)
 local alive = state.gen > 0
 if state.poisoned then
-  repaired[#repaired + 1] = heal(state, now, 0)
+  repaired[#repaired + 1] = healing.heal(state, now, 0)
   alive = state.gen > 0
 end
 if alive then extend_after_stall(state, now) end
 local text = alive and state.override or redis.call('GET', OVERRIDE) or ''
 local words = words_of(text)
-local said = read_override(text) or {}
+local said = rule.read_override(text) or {}
 local max, rate = said.max or state.max, said.rate or state.rate
 local paused_until = math.max(state.pause, said.pause or 0)
 local level = state.level
@@ -99,16 +100,16 @@ local ACTS = {
     words[3], words[11], words[12], state.pause = '-', '-', '-', math.min(state.pause, now)
   end,
   reset = function()
-    if alive then reset_level(state, now, 'asked for by an operator', by) end
+    if alive then rule.reset_level(state, now, 'asked for by an operator', by) end
   end,
   repair = function()
-    if mend_starts(state, now) then repaired[#repaired + 1] = 'starts' end
+    if healing.mend_starts(state, now) then repaired[#repaired + 1] = 'starts' end
     if #repaired > 0 then event(now, 'repaired', 'poisoned', table.concat(repaired, ','), '', by) end
     for i = 6, #ARGV, 2 do
       local flow = string.match(ARGV[i], '^queue:(.+)$')
-      if flow and redis.call('EXISTS', LATER) == 0 then requeue_delayed(state, flow) end
+      if flow and redis.call('EXISTS', LATER) == 0 then healing.requeue_delayed(state, flow) end
     end
-    if lost then hold_as_after_a_loss(state) end
+    if lost then healing.hold_as_after_a_loss(state) end
   end,
 }
 
@@ -126,12 +127,12 @@ if request ~= words[5] then
     words[4] = whole(math.max(now, tonumber(words[4]) + 1))
     words[5] = request
     text = table.concat(words, ' ')
-    keep_override(text, now)
+    rule.keep_override(text, now)
     if alive then state.override = text end
   end
   wake_head()
   if alive or #repaired > 0 then save(state) end
 end
-local word = read_override(text) or {}
+local word = rule.read_override(text) or {}
 return { alive and 1 or 0, whole(now), text, exact(word.max or state.max), exact(word.rate or state.rate), exact(max),
   exact(rate), whole(paused_until), exact(level), table.concat(repaired, ',') }

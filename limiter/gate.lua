@@ -53,12 +53,12 @@ local GRACE = 200000 -- us a woken head may stay silent before it goes to the ta
 --   config_from start of the process whose limits are in force, us
 --   steep       below it an additive level grows by one per success (TCP's slow start)
 --   admitted    when a run was last admitted, us
---   told        when a cut or a recovery was last told, us, and told_level, the level it told of
+--   told        when a cut or a recovery was last told, us
 --   sampled     when the last sample was taken, us, and peak, the most slots in use since then
---   stepped     1 while Redis' clock stands behind `last`
 --   max min initial rate window lease backoff threshold factor additive   those limits
 -- Beside it, as fields of their own: `woken`, the head that was told to call, `override`, `config`, those
--- limits as they were brought, and `rivals`, other values that were told in the trail.
+-- limits as they were brought. Read only where they matter: `rivals`, other values that were told in the
+-- trail; `told_level`, the level that was told last; `stepped`, the last step back of the clock that was told.
 
 local function whole(number)
   return string.format('%.0f', number)
@@ -94,14 +94,14 @@ local function write_state(s)
   return string.format('{"gen":%d,"cold":%d,"last":%d,"attempt":%d,"place":%d,"processes":%d,"in_use":%d,'
     .. '"active":%d,"waiting":%d,"callers":%d,"behind":%d,"ticket":%d,"level":%.17g,"ceiling":%d,"cut":%d,'
     .. '"oks":%d,"quiet":%d,"pause":%d,"slack":%d,"slack_at":%d,"due":%d,"reap_at":%d,"woken_due":%d,'
-    .. '"touched":%d,"flows":%d,"config_from":%d,"steep":%.17g,"admitted":%d,"told":%d,"told_level":%.17g,'
-    .. '"sampled":%d,"peak":%d,"stepped":%d,"max":%d,"min":%d,"initial":%d,"rate":%d,'
+    .. '"touched":%d,"flows":%d,"config_from":%d,"steep":%.17g,"admitted":%d,"told":%d,'
+    .. '"sampled":%d,"peak":%d,"max":%d,"min":%d,"initial":%d,"rate":%d,'
     .. '"window":%d,"lease":%d,"backoff":%.17g,"threshold":%d,"factor":%.17g,"additive":%d}',
     s.gen, s.cold, s.last, s.attempt, s.place, s.processes, s.in_use,
     s.active, s.waiting, s.callers, s.behind, s.ticket, s.level, s.ceiling, s.cut,
     s.oks, s.quiet, s.pause, s.slack, s.slack_at, s.due, s.reap_at, s.woken_due,
-    s.touched, s.flows, s.config_from, s.steep, s.admitted, s.told, s.told_level,
-    s.sampled, s.peak, s.stepped, s.max, s.min, s.initial, s.rate,
+    s.touched, s.flows, s.config_from, s.steep, s.admitted, s.told,
+    s.sampled, s.peak, s.max, s.min, s.initial, s.rate,
     s.window, s.lease, s.backoff, s.threshold, s.factor, s.additive)
 end
 
@@ -163,11 +163,9 @@ local function clock(state)
     local time = redis.call('TIME')
     now = tonumber(time[1]) * 1000000 + tonumber(time[2])
   end
-  if now < state.last - 1000000 and state.stepped == 0 then
+  if now < state.last - 1000000 and redis.call('HGET', GATE, 'stepped') ~= whole(state.last) then
     event(state.last, 'clock', 'went back', exact(state.last / 1000000), exact(now / 1000000), 'redis')
-    state.stepped = 1
-  elseif now >= state.last and state.stepped == 1 then
-    state.stepped = 0
+    redis.call('HSET', GATE, 'stepped', whole(state.last))
   end
   return math.max(now, state.last)
 end

@@ -11,32 +11,69 @@
 
 local FOREVER = PARKED
 
-local function number_in(word, low, high)
-  local number = tonumber(word)
-  return number and number >= low and number <= high and number or nil
-end
+-- What few calls need; made by those that do.
+local function rules()
+  local rule = {}
 
--- What counts of it, nil where nothing is said; nil for a text that is none.
-local function read_override(text)
-  local max, rate, pause, at, rest = string.match(text, '^(%S+) (%S+) (%S+) (%d+) (.+)$')
-  if not max then return nil end
-  local word = { at = tonumber(at), rest = rest, max = number_in(max, 1, 1000000), rate = number_in(rate, 0, 1000000),
-    pause = number_in(pause, 0, FOREVER) }
-  if max ~= '-' and not word.max or rate ~= '-' and not word.rate or pause ~= '-' and not word.pause then return nil end
-  return word
-end
+  function rule.number_in(word, low, high)
+    local number = tonumber(word)
+    return number and number >= low and number <= high and number or nil
+  end
 
-local function keep_override(text, now)
-  local word = read_override(text)
-  redis.call('SET', OVERRIDE, text)
-  if word.max or word.rate or word.pause == FOREVER then return end
-  redis.call('PEXPIRE', OVERRIDE, math.ceil(math.max(0, (word.pause or now) - now) / 1000) + WEEK)
+  -- What counts of a word, nil where nothing is said; nil for a text that is none.
+  function rule.read_override(text)
+    local max, rate, pause, at, rest = string.match(text, '^(%S+) (%S+) (%S+) (%d+) (.+)$')
+    if not max then return nil end
+    local word = { at = tonumber(at), rest = rest, max = rule.number_in(max, 1, 1000000),
+      rate = rule.number_in(rate, 0, 1000000), pause = rule.number_in(pause, 0, FOREVER) }
+    local sound = (max == '-' or word.max) and (rate == '-' or word.rate) and (pause == '-' or word.pause)
+    return sound and word or nil
+  end
+
+  function rule.keep_override(text, now)
+    local word = rule.read_override(text)
+    redis.call('SET', OVERRIDE, text)
+    if word.max or word.rate or word.pause == FOREVER then return end
+    redis.call('PEXPIRE', OVERRIDE, math.ceil(math.max(0, (word.pause or now) - now) / 1000) + WEEK)
+  end
+
+  -- Limits as they are brought, into the state; false for a text that is none.
+  function rule.put_limits(state, text)
+    local v = {}
+    for word in string.gmatch(text, '%S+') do
+      v[#v + 1] = rule.number_in(word, 0, 1e18)
+    end
+    if #v < 10 then return false end
+    state.max, state.min, state.initial, state.rate, state.window, state.lease = v[1], v[2], v[3], v[4], v[5], v[6]
+    state.backoff, state.threshold, state.factor, state.additive = v[7], v[8], v[9], v[10]
+    state.config = text
+    return true
+  end
+
+  function rule.initial_level(state, ceiling)
+    if state.initial >= state.max then return ceiling end -- a level that begins at its ceiling follows it
+    return math.max(math.min(state.min, ceiling), math.min(state.initial, ceiling))
+  end
+
+  -- The level goes back to where it began; no start and no slot is forgotten. TCP's slow start may go up to
+  -- the level that an idle fleet last had.
+  function rule.reset_level(state, now, why, who)
+    local before = state.level
+    state.level = rule.initial_level(state, state.ceiling)
+    state.oks, state.steep, state.told = 0, why == 'idle' and before or 0, now
+    redis.call('HSET', GATE, 'told_level', exact(state.level))
+    if why ~= 'idle' or before ~= state.level then
+      event(now, 'reset', why, exact(before), exact(state.level), who)
+    end
+  end
+
+  return rule
 end
 
 -- The limits in force: of the process that started last, under the operator's word.
 local function effective(state, now)
   if state.override == '' then return state.max, state.rate, 0 end
-  local word = read_override(state.override)
+  local word = rules().read_override(state.override)
   if not word then
     event(now, 'repaired', 'poisoned', 'override', '', 'gate')
     state.override = ''
@@ -46,39 +83,10 @@ local function effective(state, now)
   return word.max or state.max, word.rate or state.rate, word.pause or 0
 end
 
--- Limits as they are brought, into the state; false for a text that is none.
-local function put_limits(state, text)
-  local v = {}
-  for word in string.gmatch(text, '%S+') do
-    v[#v + 1] = number_in(word, 0, math.huge)
-    if v[#v] == math.huge then return false end
-  end
-  if #v < 10 then return false end
-  state.max, state.min, state.initial, state.rate, state.window, state.lease = v[1], v[2], v[3], v[4], v[5], v[6]
-  state.backoff, state.threshold, state.factor, state.additive = v[7], v[8], v[9], v[10]
-  state.config = text
-  return true
-end
-
-local function initial_level(state, ceiling)
-  if state.initial >= state.max then return ceiling end -- a level that begins at its ceiling follows it
-  return math.max(math.min(state.min, ceiling), math.min(state.initial, ceiling))
-end
-
 -- A level at its ceiling follows the ceiling; a level below it stays.
 local function bound_level(state, ceiling)
-  if state.level == 0 then state.level = initial_level(state, ceiling) end
+  if state.level == 0 then state.level = rules().initial_level(state, ceiling) end
   if state.ceiling > 0 and state.level >= state.ceiling then state.level = ceiling end
   state.level = math.max(math.min(state.min, ceiling), math.min(state.level, ceiling))
   state.ceiling = ceiling
-end
-
--- The level goes back to where it began; no start and no slot is forgotten. TCP's slow start may go up to
--- the level that an idle fleet last had.
-local function reset_level(state, now, why, who)
-  local before = state.level
-  state.level = initial_level(state, state.ceiling)
-  state.oks, state.steep = 0, why == 'idle' and before or 0
-  state.told, state.told_level = now, state.level
-  if why ~= 'idle' or before ~= state.level then event(now, 'reset', why, exact(before), exact(state.level), who) end
 end

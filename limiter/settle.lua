@@ -187,25 +187,29 @@ local function grow(ceiling)
     level = math.max(level + 1, level * state.factor)
     state.oks = 0
   end
-  tell_recovery(math.min(ceiling, level), ceiling)
-  state.level = math.min(ceiling, level)
+  level = math.min(ceiling, level)
+  if level >= ceiling or now - state.told >= CLIMB then trail().recovery(level, ceiling) end
+  state.level = level
 end
 
 -- One cut per episode: only a run admitted after the last cut can cut again, or, after 30 s in which
 -- none of those ended, any. Growth only while the level is what holds the fleet back.
 local function adapt(in_use_before)
   local ceiling = gate.max
-  if call.pause > 0 then pause_for(call.pause) end
+  if call.pause > 0 then
+    trail().pause(call.pause)
+    state.pause = math.max(state.pause, now + call.pause)
+  end
   local floor = math.min(state.min, ceiling)
   if call.reset then
-    reset_level(state, now, 'asked for', me)
+    rules().reset_level(state, now, 'asked for', me)
   elseif in_use_before == 0 and state.admitted > 0 and now - state.admitted >= math.max(IDLE, state.window) then
-    reset_level(state, now, 'idle', me)
+    rules().reset_level(state, now, 'idle', me)
   end
   if call.refused > 0 and (call.refused > state.cut or now - state.quiet > 30000000) then
     local before = state.level
     state.level = math.max(floor, state.level * state.backoff)
-    tell_cut(before)
+    trail().cut(before)
     state.cut, state.oks, state.quiet, state.steep = state.attempt, 0, now, state.level
   elseif call.successes > 0 and call.counted_under == state.cut then
     state.quiet = now

@@ -38,7 +38,7 @@
 -- is in override.lua, what mends a poisoned state in heal.lua, what is told in trail.lua.
 
 if record and call.seq < record.seq then return { '-1' } end
-if state.poisoned then gate.note = 'repaired=' .. heal(state, now, call.birth) end
+if state.poisoned then gate.note = 'repaired=' .. healer().heal(state, now, call.birth) end
 extend_after_stall(state, now)
 if record and call.seq == record.seq then return answer_again() end
 if not meet_gate() then return redis.error_reply('NOLIMITS this limit has no values yet') end

@@ -167,7 +167,7 @@ end
 local function reply()
   local renew = now - state.touched >= state.lease / 3
   if renew then state.touched = now end
-  if now - state.sampled >= SAMPLE_EVERY then take_sample() end
+  if now - state.sampled >= SAMPLE_EVERY then trail().sample() end
   local head, refused = header(), table.concat(gate.refused, ' ')
   if call.leave then
     leave()
