@@ -25,7 +25,7 @@ limits = typer.Typer(
     help="The limits of the fleet: look, and change them while it runs.", no_args_is_help=True
 )
 
-Name = Annotated[str, typer.Argument(help="Name of a limit, or of a flow that has its own")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a limit, or of a flow that has its own")]
 By = Annotated[str | None, typer.Option("--by", help="Who asks; user@host if left out")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON")]
 

@@ -100,7 +100,7 @@ def pace_of(samples: list[tuple[float, float, int]], now: float, attempt: float,
     points = [*seen, (now, attempt, in_use)]
     steps = [(then[0], then[0] - first[0], then[1] - first[1]) for first, then in pairwise(points)]
     steps = [(at, for_s, n) for at, for_s, n in steps if 0 < n <= max(1.0, for_s) * ADMISSIONS_A_S]
-    busiest = max((sum(n for at, _, n in steps if end - 60 < at <= end) for end, _, _ in steps), default=0)
+    busiest = max((_in_minute(steps, end) for end, _, _ in steps), default=0)
     return Pace(
         over_s=now - seen[0][0],
         admissions=int(sum(n for _, _, n in steps)),
@@ -109,14 +109,20 @@ def pace_of(samples: list[tuple[float, float, int]], now: float, attempt: float,
     )
 
 
+def _in_minute(steps: list[tuple[float, float, float]], end: float) -> float:
+    """Admissions in the minute before `end`; a step that reaches beyond it counts by its share."""
+    shares = ((min(at, end) - max(at - for_s, end - 60)) / for_s if for_s else 1.0 for at, for_s, _ in steps)
+    return sum(n * share for (_, _, n), share in zip(steps, shares, strict=True) if share > 0)
+
+
 def verdict(gate: GateView, stale: list[Holder], cuts: list[Event], now: float) -> str:
     """What holds the fleet back, most certain first."""
     reason = gate.holds_back()
     if not gate.alive:
         return reason or "nobody uses this limit now; the operator's values are kept for whoever comes"
     gone = [each for each in stale if each.lease_left_s < 0]
-    if gone and len(gone) == len([each for each in [*gone, *stale] if each.held]):
-        slots = sum(each.held for each in gone)
+    slots = sum(each.held for each in gone)
+    if slots and slots == gate.in_use:
         return f"no process lives: {slots} slots stand with dead ones until the next one calls"
     if reason.startswith("level"):
         return reason + _why_so_low(gate, cuts, now) + _who_keeps(stale)
@@ -135,10 +141,10 @@ def _why_so_low(gate: GateView, cuts: list[Event], now: float) -> str:
             return f", set by {gate.override.by} (was {gate.override.old_max_concurrent})"
         return ", the most this limit allows"
     if not cuts:
-        return f" of at most {gate.max_concurrent}: the level has not grown yet"
+        return f" (at most {gate.max_concurrent}): the level has not grown yet"
     ago = max(0.0, now - cuts[-1].at)
     return (
-        f" of at most {gate.max_concurrent}: the provider refused a run {ago:.0f} s ago "
+        f" (at most {gate.max_concurrent}): the provider refused a run {ago:.0f} s ago "
         f"(level {float(cuts[-1].before):g} -> {float(cuts[-1].after):g}), and it grows as nodes end well"
     )
 

@@ -563,7 +563,10 @@ main()
         ("worker", ["--max-jobs", "--burst"]),
         ("workers", ["--json", "--check"]),
         ("batch status", ["ID", "--json"]),
+        ("limits", ["show", "set", "clear", "pause", "resume", "reset", "holders", "doctor"]),
         ("limits show", ["--json"]),
+        ("limits set", ["--max-concurrent", "--max-per-minute", "--by", "--json"]),
+        ("limits pause", ["--for", "--by", "--json"]),
     ],
 )
 def test_each_help_names_every_option(

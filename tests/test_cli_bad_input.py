@@ -225,6 +225,16 @@ TABLE = [
     Case("run users:flow --first 0", "^Invalid value for '--first': "),
     Case("worker users:flow --max-jobs 0", "^Invalid value for '--max-jobs': "),
     Case("limits show nobody", r"^limit 'nobody' is not known here \(known: none\)$"),
+    Case("limits doctor nobody", r"^limit 'nobody' is not known here \(known: none\)$"),
+    Case("limits resume nobody", "^limit 'nobody' is not known here"),
+    Case("limits set x", "^nothing to set: give max_concurrent .--max-concurrent., max_per_minute"),
+    Case("limits set x --max-concurrent 0", "^max_concurrent=0 cannot hold: use a whole number from 1"),
+    Case("limits set x --max-concurrent few", "^max_concurrent='few' cannot hold: use a whole number"),
+    Case("limits set x --max-per-minute -4", "^max_per_minute='-4' cannot hold: use a whole number"),
+    Case("limits pause x --for soon", "^--for='soon' cannot hold: use a time such as 30s, 5m or 2h"),
+    Case("limits pause x --for 0s", "^--for='0s' cannot hold"),
+    Case("limits pause a/b", "^limit name 'a/b' cannot be used"),
+    Case("limits pause", r"^Missing argument 'NAME' \(see pocketfleet limits pause --help\)$"),
     Case("batch status nobody", "^batch 'nobody' is not known here$"),
     # settings
     Case("workers", "^POCKETFLEET_LEASE_S='0' cannot hold: use a number from 1", env={"LEASE_S": "0"}),
@@ -249,7 +259,7 @@ TABLE = [
 
 
 COMMANDS = (f"run users:flow {GIVEN}", f"enqueue users:flow {GIVEN}", "worker users:flow", "workers")
-COMMANDS += ("limits show", "batch status b")
+COMMANDS += ("limits show", "limits pause x", "limits doctor x", "batch status b")
 
 
 def refused(says: str, url: str) -> list[Case]:
