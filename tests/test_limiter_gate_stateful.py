@@ -399,7 +399,9 @@ def test_random_schedules_keep_every_promise(server: tuple[redis.Redis, str]) ->
 # liveness in virtual time ----------------------------------------------------------------------
 
 
-def fleet_of(gate: Gate, seed: int, *, deaf: bool = False, deaths: bool = False) -> Fleet:
+def fleet_of(
+    gate: Gate, seed: int, *, deaf: bool = False, deaths: bool = False, operator: bool = False
+) -> Fleet:
     """A random fleet with random work; several flows, limit() callers, refusals, leaves, pauses."""
     rng = random.Random(seed)
     limits = rng.choice(CROWDED)
@@ -431,6 +433,12 @@ def fleet_of(gate: Gate, seed: int, *, deaf: bool = False, deaths: bool = False)
         fleet.at(rng.randint(0, 3_000_000), "pause", 0, rng.randint(0, 2_000_000))
     for who in rng.sample(range(len(pumps) - 1), rng.randint(0, (len(pumps) - 1) // 2)):
         fleet.at(rng.randint(5_000_001, 8_000_000), "die" if deaths else "leave", who)
+    if operator:
+        for _ in range(rng.randint(1, 5)):
+            orders = [("set", rng.randint(1, 9)), ("pause", rng.randint(1, 900_000)), ("pause",), ("clear",)]
+            fleet.at(rng.randint(0, 8_000_000), "control", *rng.choice([*orders, ("resume",), ("reset",)]))
+        fleet.at(9_000_000, "control", "resume")
+        fleet.at(9_500_000, "control", "clear")
     return fleet
 
 
@@ -446,6 +454,10 @@ def live(server: tuple[redis.Redis, str], first: int, **how: bool) -> None:
             except (AssertionError, redis.ResponseError) as fault:
                 pytest.fail(f"seed {seed} on {kind}, {how}: {fault}")
     print(f"{kind}, {how}: seeds {seeds}")
+
+
+def test_nothing_stays_free_after_what_an_operator_did(server: tuple[redis.Redis, str]) -> None:
+    live(server, FIRST + 6000, operator=True)
 
 
 def test_nothing_stays_free_while_somebody_waits_for_it(server: tuple[redis.Redis, str]) -> None:
