@@ -132,7 +132,8 @@ local function add_claimed(claimed, id, job, payload)
   local n = #claimed
   claimed[n + 1], claimed[n + 2], claimed[n + 3] = id, whole(job.attempt), job.deaths
   claimed[n + 4], claimed[n + 5] = job.refused, job.backs
-  claimed[n + 6], claimed[n + 7] = job.saved and redis.call('HGET', SAVED, id) or '', payload
+  claimed[n + 6] = job.saved == INLINE and redis.call('HGET', SAVED, id) or job.saved == BESIDE and 'beside' or ''
+  claimed[n + 7] = payload
 end
 
 -- Claim the chosen jobs: attempt, record, parked place, in-progress mark. A job whose payload is gone
@@ -144,10 +145,10 @@ local function claim(chosen)
   for i, c in ipairs(chosen) do ids[i], payload_keys[i] = c.id, 'arq:job:' .. c.id end
   local payloads = redis.call('MGET', unpack(payload_keys))
   local known = redis.call('HMGET', JOBS, unpack(ids))
-  changed = { records = {}, keys = {}, fields = {}, queues = {}, running = {} }
+  changed = no_changes()
   batches = {}
   for i, c in ipairs(chosen) do
-    local job = read_job(known[i] or '') or { deaths = 0, refused = 0, backs = 0, saved = false, place = c.place, flow = c.flow }
+    local job = read_job(known[i] or '') or { deaths = 0, refused = 0, backs = 0, saved = 0, place = c.place, flow = c.flow }
     state.attempt = state.attempt + 1
     job.attempt = state.attempt
     if payloads[i] then

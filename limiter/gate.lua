@@ -6,10 +6,11 @@
 -- KEYS[4]  tickets   zset    process that waits for the gate -> ticket
 -- KEYS[5]  later     zset    job id -> due time, us
 -- KEYS[6]  jobs      hash    job id -> 'attempt place deaths refused backs saved flow', from first claim to done
+--                            saved: 0 no checkpoint, 1 in `saved`, 2 under kept:<b>:<i>
 -- KEYS[7]  flows     set     flows whose workers have called
 -- KEYS[8]  override  string  the operator's word, see override.lua
--- Beside them, computed: queue:<flow>, idle:<flow>, saved, events (what happened, see `event`), samples
--- (what the fleet did, see trail.lua), batch:<b>, done:<b>, out:<b>; all in one slot.
+-- Beside them, computed: queue:<flow>, idle:<flow>, saved, kept:<b>:<i>, events (what happened, see `event`),
+-- samples (what the fleet did, see trail.lua), batch:<b>, done:<b>, out:<b>; all in one slot.
 --
 -- ARGV[1]  process  id of the calling pump ('' for a producer)
 -- ARGV[2]  now      us; '' takes Redis' own TIME (tests pass a time)
@@ -20,6 +21,7 @@ local GATE, LEASES, STARTS, TICKETS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local LATER, JOBS, FLOWS, OVERRIDE = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local ROOT = string.sub(GATE, 1, -5)
 local SAVED, EVENTS = ROOT .. 'saved', ROOT .. 'events'
+local INLINE, BESIDE = 1, 2 -- where a checkpoint stands
 local PARKED = 4503599627370496 -- 2^52: beyond every place, and what a double still counts exactly
 local WEEK = 604800000 -- ms
 local GRACE = 200000 -- us a woken head may stay silent before it goes to the tail
@@ -202,13 +204,13 @@ local function read_job(text)
   if not attempt then return nil end
   return {
     attempt = tonumber(attempt), place = tonumber(place), deaths = tonumber(deaths),
-    refused = tonumber(refused), backs = tonumber(backs), saved = saved == '1', flow = flow,
+    refused = tonumber(refused), backs = tonumber(backs), saved = tonumber(saved), flow = flow,
   }
 end
 
 local function write_job(job)
   return string.format('%.0f %.0f %d %d %d %d %s', job.attempt, job.place, job.deaths, job.refused, job.backs,
-    job.saved and 1 or 0, job.flow)
+    job.saved, job.flow)
 end
 
 local function tell(process, words)

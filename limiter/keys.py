@@ -16,7 +16,8 @@
 | samples | list | 'time admissions peak level' every 5 s in which somebody calls, 240 of them | as gate |
 | override | string | the operator's values and pause | none while something in it lasts, then 7 days |
 | batch:B, done:B, out:B, base:B | hash, bitmap, stream, string | a batch: counts, done bits, outcomes, shared store | deleted by the producer, else 7 days after its last outcome |
-| blob:B:I:A | string | an outcome too large for a call | 7 days |
+| kept:B:I | string | a checkpoint too large for a call | until the job is done |
+| blob:B:I:A | string | an outcome too large for a call (`kept:B:I:A`: a checkpoint, until its call is heard) | 7 days |
 | arq:job:ID, arq:in-progress:ID | string | payload; claimed by | until done; while claimed |
 | arq:result:ID | string | arq's result record, where a flow sets `keep_result_s` | that long |
 """
@@ -86,6 +87,9 @@ class GateKeys:
 
     def base(self, batch: str) -> str:
         return f"{self.root}base:{batch}"
+
+    def kept(self, batch: str, index: int) -> str:
+        return f"{self.root}kept:{batch}:{index}"
 
     def blob(self, batch: str, index: int, attempt: int) -> str:
         return f"{self.root}blob:{batch}:{index}:{attempt}"

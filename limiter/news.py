@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from limiter.sync import MOST, Call, Entry
 
 MOST_BYTES = 256 * 1024
-"""Outcomes of one call, bytes."""
+"""Outcomes and checkpoints of one call, bytes; nothing but an entry that is larger by itself exceeds it."""
 
 
 class News:
@@ -22,6 +22,11 @@ class News:
 
     def __bool__(self) -> bool:
         return bool(self.entries or self._returned)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the gate has yet to hear of a run that goes on."""
+        return bool(self.entries) and self.entries[0].what == "keep"
 
     def add(self, entries: Iterable[Entry]) -> None:
         self.entries.extend(entries)
@@ -46,10 +51,14 @@ class News:
     def put_into(self, call: Call) -> None:
         """Fill the call, up to its bounds; what does not fit stays for the next one."""
         size = 0
-        while self.entries and len(call.entries) < MOST and size < MOST_BYTES:
-            entry = self.entries.popleft()
+        while self.entries and len(call.entries) < MOST:
+            entry = self.entries[0]
             size += len(entry.arg) if isinstance(entry.arg, bytes) else 8
-            call.entries.append(entry)
+            if size > MOST_BYTES and call.entries:
+                break
+            call.entries.append(self.entries.popleft())
+            if entry.heard is not None:
+                call.heard.append(entry)
         call.returned = self._returned_text()
         call.successes, call.refused, call.pause_us = self._successes, self._refused, self._pause_us
         self._successes = self._refused = self._pause_us = 0

@@ -48,13 +48,17 @@ class Crew(Protocol):
     def lost(self, job: str) -> None:
         """The attempt is no longer ours: stop the run, its outcome will not be recorded."""
 
+    def lease_lost(self) -> None:
+        """The lease is down to its margin, and no answer came."""
+
 
 class Pump:
     """One event loop's dealings with one limit.
 
     Attributes:
         held: slots held now, permits and claims.
-        lease_until: monotonic second up to which the gate surely keeps them; start nothing after it.
+        lease_until: monotonic second up to which the gate surely keeps them; start nothing after it. A gate
+            that did not know us keeps nothing before it has heard what we hold.
         answer: the gate's last answer, None before the first.
     """
 
@@ -82,6 +86,7 @@ class Pump:
         self._answered_sent = 0.0  # when the call of the last answer was first sent, monotonic s
         self._answered_now = 0  # the gate's time in that answer, us
         self._known_waiters = 0  # waiters that the gate has heard of and not served
+        self._unsure = False  # the gate did not know us, and has not yet said which claims are still ours
         self._lease_watch: asyncio.TimerHandle | None = None
         self._contact: list[asyncio.Future[None]] = []
         self.joined = False
@@ -143,12 +148,9 @@ class Pump:
 
     def of_flow(self, job: str, number: int) -> None:
         """Say which of the crew's flows (from 1) a claimed job belongs to."""
-        self._claims[job].flow = number
-
-    def flow_number(self, job: str) -> int:
-        """Which of the crew's flows a job belongs to, as far as is known."""
         claim = self._claims.get(job)
-        return claim.flow if claim else 1
+        if claim is not None:
+            claim.flow = number
 
     def settle(self, entry: Entry, *extra: Entry) -> None:
         """A claimed run is over (or goes back): free its slot and record it in the next call."""
@@ -157,8 +159,19 @@ class Pump:
         self._news.add((*extra, entry))
         self.kick()
 
+    async def save(self, entry: Entry) -> None:
+        """Write a claimed run's checkpoint with the next call, and return when the gate has it.
+
+        While Redis is away this waits. If the attempt is no longer ours the crew is told so first.
+        """
+        heard: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry.heard = heard
+        self._news.add((entry,))
+        self.kick()
+        await heard
+
     def return_job(self, entry: Entry, stamp: int, *, late: bool) -> None:
-        """A claimed job that was not started goes back to its place, with its start."""
+        """A claimed job that was not started goes back, with its start."""
         self._news.return_start(stamp, late=late)
         self.settle(entry)
 
@@ -205,7 +218,7 @@ class Pump:
         return monotonic() < self.lease_until
 
     async def contact(self) -> None:
-        """Wait for the next answer of the gate."""
+        """Wait for the next answer of a gate that knows what we hold."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._contact.append(waiter)
         self.kick()
@@ -340,13 +353,15 @@ class Pump:
             self._hear_note(answer.note)
         self.joined = not call.leave
         self.spoke_at = monotonic()
-        self.lease_until = sent + answer.lease_s - self.margin_s
         # an answer given to the first sending of a repeated call counts from then
         self._alarm.due = (self.spoke_at if sent - first_sent < 0.05 else first_sent) + answer.wait_s
         self._hear_refused(call, answer.refused)
         if answer.status == UNKNOWN:
             self._news.add_first(self._claims.values())
             self.kick()
+        self._unsure = (self._unsure or answer.status == UNKNOWN) and self._news.keeps
+        if not self._unsure:
+            self.lease_until = sent + answer.lease_s - self.margin_s
         self._answered_sent, self._answered_now = first_sent, answer.now
         self._known_waiters = call.permits - answer.permits
         self._remember_start(answer.stamp)
@@ -354,10 +369,12 @@ class Pump:
         self._hand_out_permits(answer.attempt, answer.permits, answer.stamp, start_by)
         self._hand_out_jobs(answer, start_by)
         self._watch_lease()
-        for waiter in self._contact:
-            if not waiter.done():
-                waiter.set_result(None)
-        self._contact.clear()
+        for entry in call.heard:
+            _resolve(entry.heard)
+        if not self._unsure:
+            for waiter in self._contact:
+                _resolve(waiter)
+            self._contact.clear()
 
     def _remember_start(self, stamp: int) -> None:
         """While a start of ours is younger than the window, we remember the gate."""
@@ -393,6 +410,7 @@ class Pump:
         if not refused:
             return
         kept = {entry.job for entry in call.entries if entry.what == "keep"}
+        kept.update(entry.job for entry in call.heard)
         for job in refused:
             log.info("claim.lost limit=%s job=%s", self.name, job)
             if job in kept and self._claims.pop(job, None) is not None:
@@ -430,7 +448,7 @@ class Pump:
     # --- the lease ---------------------------------------------------------------------------------
 
     def _watch_lease(self) -> None:
-        if self._permits and self._lease_watch is None:
+        if self._lease_watch is None and self.held:
             delay = max(0.0, self.lease_until - monotonic())
             self._lease_watch = asyncio.get_running_loop().call_later(delay, self._lease_check)
 
@@ -439,7 +457,9 @@ class Pump:
         if not self.safe:
             for permit in list(self._permits):
                 permit.lose()
-        elif self._permits:
+            if self._crew is not None:
+                self._crew.lease_lost()
+        else:
             self._watch_lease()
 
     # --- the end -----------------------------------------------------------------------------------
@@ -464,6 +484,11 @@ class Pump:
                 await self._line.call(self._keys, call.argv())
         except (RedisError, OSError, TimeoutError) as error:
             log.warning("pump.left_unheard limit=%s error=%s", self.name, type(error).__name__)
+
+
+def _resolve(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)
 
 
 class _NoValues(Exception):

@@ -3,7 +3,12 @@
 
 local ENDED = { completed = true, failed = true, aborted = true, quarantined = true, lost = true }
 
-local changed = { records = {}, keys = {}, fields = {}, queues = {}, running = {} }
+-- What a step changes, written once at its end by write_changes. `saved`: job id -> checkpoint, or false.
+local function no_changes()
+  return { records = {}, keys = {}, fields = {}, queues = {}, running = {}, saved = {} }
+end
+
+local changed = no_changes()
 
 local function move(flow, id, score)
   local list = changed.queues[flow] or {}
@@ -20,10 +25,16 @@ local function parts(id)
   return string.match(id, '^([^:]+):(%d+)$', AFTER_TAG)
 end
 
--- The fields of a record that an ended run needs: attempt and flow as text, and whether a checkpoint stands.
+-- The fields of a record that an ended run needs: attempt and flow as text, and where a checkpoint stands.
 local function read_end(text)
   local attempt, saved, flow = string.match(text or '', '^(%d+) %d+ %d+ %d+ %d+ (%d) (.+)$')
-  return attempt and { attempt = tonumber(attempt), saved = saved == '1', flow = flow } or nil
+  return attempt and { attempt = tonumber(attempt), saved = tonumber(saved), flow = flow } or nil
+end
+
+-- Where a checkpoint too large for a call stands.
+local function kept_of(id)
+  local name, index = parts(id)
+  return ROOT .. 'kept:' .. name .. ':' .. index
 end
 
 local function record_outcome(id, attempt, status, outcome)
@@ -69,7 +80,8 @@ local function forget(id, flow)
 end
 
 local function drop_saved(id, job)
-  if job.saved then redis.call('HDEL', SAVED, id) end
+  if job.saved == INLINE then changed.saved[id] = false end
+  if job.saved == BESIDE then redis.call('DEL', kept_of(id)) end
 end
 
 local function note(id, job)
@@ -83,28 +95,48 @@ local function give_back(id, job, score)
   move(job.flow, id, score)
 end
 
+-- Back to its own place, but not before `due`.
+local function put_off(id, job, due)
+  redis.call('ZADD', LATER, whole(due), id)
+  state.due = state.due == 0 and due or math.min(state.due, due)
+  give_back(id, job, whole(PARKED))
+  delayed[job.flow] = math.min(due, delayed[job.flow] or due)
+end
+
+local function go_back(id, job)
+  give_back(id, job, whole(job.place))
+  returned_flows[job.flow] = true
+end
+
 local SETTLE = {
   refuse = function(id, job, delay)
     job.refused = job.refused + 1
-    local due = math.max(now + tonumber(delay), state.pause)
-    redis.call('ZADD', LATER, whole(due), id)
-    state.due = state.due == 0 and due or math.min(state.due, due)
-    give_back(id, job, whole(PARKED))
-    delayed[job.flow] = math.min(due, delayed[job.flow] or due)
+    put_off(id, job, math.max(now + tonumber(delay), state.pause))
   end,
+  wait = function(id, job, delay) put_off(id, job, now + tonumber(delay)) end,
   save = function(id, job, checkpoint)
-    redis.call('HSET', SAVED, id, checkpoint)
-    job.saved = true
+    if job.saved == BESIDE then redis.call('DEL', kept_of(id)) end
+    changed.saved[id] = checkpoint
+    if job.saved == INLINE then return end
+    job.saved = INLINE
     note(id, job)
   end,
-  back = function(id, job)
-    give_back(id, job, whole(job.place))
-    returned_flows[job.flow] = true
+  ['save-beside'] = function(id, job, key)
+    if redis.call('EXISTS', key) == 0 then return end -- heard before; what it brought is kept already
+    redis.call('RENAME', key, kept_of(id))
+    redis.call('PERSIST', kept_of(id))
+    if job.saved == INLINE then changed.saved[id] = false end
+    job.saved = BESIDE
+    note(id, job)
   end,
+  back = go_back,
   hand = function(id, job)
     job.backs = job.backs + 1
-    give_back(id, job, whole(job.place))
-    returned_flows[job.flow] = true
+    go_back(id, job)
+  end,
+  died = function(id, job)
+    job.deaths = job.deaths + 1
+    go_back(id, job)
   end,
   keep = function(id, job)
     local running, n = changed.running, #changed.running
@@ -121,12 +153,18 @@ local function adopted(id, attempt, what, flow)
   if redis.call('GETBIT', ROOT .. 'done:' .. name, index) == 1 then return nil end
   -- not yet enqueued again by its producer, so nobody has counted it
   if not redis.call('ZSCORE', queue_of(flow), id) then redis.call('HINCRBY', ROOT .. 'batch:' .. name, 'left', 1) end
-  return { attempt = attempt, place = state.place, deaths = 0, refused = 0, backs = 0, saved = false, flow = flow }
+  return { attempt = attempt, place = state.place, deaths = 0, refused = 0, backs = 0, saved = 0, flow = flow }
 end
+
+-- What a run that goes on sends; where it is adopted, it is claimed again at once.
+local GOES_ON = { save = true, ['save-beside'] = true }
 
 local function settle_entry(i, job)
   local id, attempt, what, arg = ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 3], ARGV[i + 4]
-  job = job or adopted(id, attempt, what, call.flows[tonumber(ARGV[i + 2])])
+  if not job then
+    job = adopted(id, attempt, what, call.flows[tonumber(ARGV[i + 2])])
+    if job and GOES_ON[what] then SETTLE.keep(id, job) end
+  end
   if not job or job.attempt ~= attempt then return false end
   local status = ENDED[what] and what or string.match(what, '^blob:(.+)$')
   if status then
@@ -141,15 +179,30 @@ local function settle_entry(i, job)
   return true
 end
 
+local function write_saved()
+  local kept, dropped = {}, {}
+  for id, checkpoint in pairs(changed.saved) do
+    if checkpoint then
+      kept[#kept + 1], kept[#kept + 2] = id, checkpoint
+    else
+      dropped[#dropped + 1] = id
+    end
+  end
+  chunks(kept, 2000, function(...) redis.call('HSET', SAVED, ...) end)
+  chunks(dropped, 1000, function(...) redis.call('HDEL', SAVED, ...) end)
+end
+
+-- What goes away comes last: one call may keep a run and end it.
 local function write_changes()
   for flow, list in pairs(changed.queues) do
-    if list.gone then chunks(list.gone, 1000, function(...) redis.call('ZREM', queue_of(flow), ...) end) end
     if #list > 0 then chunks(list, 2000, function(...) redis.call('ZADD', queue_of(flow), ...) end) end
+    if list.gone then chunks(list.gone, 1000, function(...) redis.call('ZREM', queue_of(flow), ...) end) end
   end
-  chunks(changed.keys, 2000, function(...) redis.call('DEL', ...) end)
-  chunks(changed.fields, 1000, function(...) redis.call('HDEL', JOBS, ...) end)
   chunks(changed.records, 2000, function(...) redis.call('HSET', JOBS, ...) end)
   chunks(changed.running, 2000, function(...) redis.call('MSET', ...) end)
+  chunks(changed.keys, 2000, function(...) redis.call('DEL', ...) end)
+  chunks(changed.fields, 1000, function(...) redis.call('HDEL', JOBS, ...) end)
+  if next(changed.saved) then write_saved() end
 end
 
 -- Ends, refusals and runs given back, each only if the attempt is still its own; the others are named.

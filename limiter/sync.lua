@@ -22,10 +22,13 @@
 --                      what = completed|failed|aborted|quarantined|lost (arg = outcome; with 'blob:' in
 --                      front it stands under blob:<b>:<i>:<attempt>) | result:<ms> (arg = arq's record)
 --                      | save (arg = checkpoint of a run that goes on, or is refused or handed back next)
---                      | refuse (arg = delay us) | back (granted, never started) | hand (handed back)
---                      | keep (still running; sent after status 1)
+--                      | save-beside (arg = key where it was stored, because it is too large for a call)
+--                      | refuse (arg = delay us) | wait (arg = delay us; granted, cannot start here yet)
+--                      | back (granted, never started) | hand (handed back)
+--                      | died (a process of its own died under it) | keep (still running; after status 1)
 --
 -- Returns {header, override, ids refused, then per job: id, attempt, deaths, refused, backs, saved, payload}
+--   saved = its checkpoint, or 'beside' where it stands under kept:<b>:<i>
 --   header 'status permits wait now birth started cut level in_use used stamp slack lease reason attempt',
 --   and then, only if there is one, a note: !newer=<limits> or !older=<limits> (another living process
 --   brought these; the newer are in force) or !repaired=<fields> (they were poisoned); ',' for ' '

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,8 @@ class Entry:
     """One claimed job's news: how it ended, or that it goes back, or that it still runs.
 
     `what`: a status of an ended run (`arg` = encoded outcome), `blob:<status>`, `result:<ms>`,
-    `save` (`arg` = checkpoint), `refuse` (`arg` = delay in us), `back`, `hand` or `keep`, as in `sync.lua`.
+    `save` (`arg` = checkpoint), `save-beside` (`arg` = key it stands under), `refuse` or `wait` (`arg` =
+    delay in us), `back`, `hand`, `died` or `keep`, as in `sync.lua`. `heard` is resolved when the gate has it.
     """
 
     job: str
@@ -28,6 +30,7 @@ class Entry:
     flow: int
     what: str
     arg: bytes | int | str = ""
+    heard: asyncio.Future[None] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(slots=True)
@@ -65,6 +68,8 @@ class Call:
     reset: bool = False
     flows: Sequence[str] = ()
     entries: list[Entry] = field(default_factory=list)
+    heard: list[Entry] = field(default_factory=list)
+    """Those of the entries somebody waits for."""
 
     def argv(self, now_us: int | None = None) -> list[Any]:
         """ARGV of `sync.lua`; `now_us` only in tests."""

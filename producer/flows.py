@@ -12,7 +12,7 @@ from typing import Any
 from pocketflow import AsyncParallelBatchFlow
 
 from limiter.errors import LimitsError
-from limiter.limits import Limits, checked_count, checked_name
+from limiter.limits import Limits, checked_count, checked_float, checked_name
 from limiter.process import current_process
 from limiter.pump import Pump
 from producer.errors import ProducerError
@@ -28,7 +28,8 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
         max_flows_per_minute: starts in any 60 s in the whole fleet, or None (None).
         name: the flow's name; default: the `module:attribute` it is found under.
         limit: name of its limit, shared by every flow that names it; default: the flow's name.
-        local_keys: keys of the shared store that stay with the caller (clients, connections).
+        local_keys: keys of the shared store that stay where they are (clients, connections): they travel
+            neither to the workers nor in a checkpoint.
         merge: `merge(key, mine, theirs)` joins an entry that several runs changed differently.
         conflicts: "last" (the last item in input order wins, default) or "fail" (stop the batch).
         keep_result_s: seconds arq's own result of each job is kept (0: not).
@@ -36,6 +37,13 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
         retry_refused: with `run_async`, a run that the API refused waits and starts over instead of
             ending with that refusal as its result (on the fleet it always goes back and resumes).
         inline_sync_nodes: run sync nodes on the event loop instead of in a thread of the run.
+        checkpoint: on the fleet, save a run after each node, so that another worker goes on there (True).
+        flow_timeout_s: on the fleet, seconds the nodes of one attempt may run before it fails; waiting for
+            the queue, the gate or Redis does not count (None).
+        on_lost_lease: what a worker that has not reached Redis for its lease does with the node that runs:
+            "finish" (default) lets it end, "cancel" cancels it, for limits that must hold at any price.
+        quarantine_after: how often its process may die under a run that is alone in it, before the run is
+            quarantined (1). A run is alone after the second death of a process it shared.
 
     `await flow.run_async(shared)` runs the flows in this process; `await flow.run_on_fleet(shared)`
     has the fleet's workers run them. `flow.stats` tells the counts afterwards.
@@ -54,6 +62,10 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
     keep_result_s: float = 0
     refusal_patience_s: float = 3600
     inline_sync_nodes: bool = False
+    checkpoint: bool = True
+    flow_timeout_s: float | None = None
+    on_lost_lease: str = "finish"
+    quarantine_after: int = 1
     retry_refused: bool = False
     window_s: float = 60.0
 
@@ -68,6 +80,10 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
         "keep_result_s",
         "refusal_patience_s",
         "inline_sync_nodes",
+        "checkpoint",
+        "flow_timeout_s",
+        "on_lost_lease",
+        "quarantine_after",
         "retry_refused",
         "window_s",
     )
@@ -93,12 +109,14 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
             value = getattr(self, key)
             if value is not None:
                 checked_name(value, "flow" if key == "name" else key)
-        if self.conflicts not in ("last", "fail"):
-            raise LimitsError(
-                f"conflicts={self.conflicts!r} cannot hold: use 'last' or 'fail'",
-                key="conflicts",
-                value=self.conflicts,
-            )
+        checked_count(self.quarantine_after, "quarantine_after")
+        for key, words in (("conflicts", ("last", "fail")), ("on_lost_lease", ("finish", "cancel"))):
+            value = getattr(self, key)
+            if value not in words:
+                text = f"{key}={value!r} cannot hold: use '{words[0]}' or '{words[1]}'"
+                raise LimitsError(text, key=key, value=value)
+        if self.flow_timeout_s is not None:
+            checked_float(self.flow_timeout_s, "flow_timeout_s", 0.001, 1e9)
 
     # --- hooks -------------------------------------------------------------------------------------
 
@@ -107,6 +125,18 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
 
     async def on_worker_stop(self) -> None:
         """Close it. Override it."""
+
+    def save_entry(self, key: Any, value: Any) -> Any:
+        """Override it to keep an entry of the shared store that cannot travel in checkpoints all the same.
+
+        Return plain values from which `load_entry(key, saved)` makes it again (a path, bytes, an address),
+        or NotImplemented for what you do not know.
+        """
+        return NotImplemented
+
+    def load_entry(self, key: Any, saved: Any) -> Any:
+        """Override it with `save_entry`: make the entry from what that returned."""
+        raise NotImplementedError(f"{type(self).__name__} has a save_entry and no load_entry")
 
     # --- names and limits --------------------------------------------------------------------------
 

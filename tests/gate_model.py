@@ -143,6 +143,7 @@ def lifetime_faults(gate: Gate) -> list[str]:
     """Keys without the lifetime that `limiter/keys.py` promises."""
     keys, faults = gate.keys, []
     endless = (keys.queue(""), keys.later, keys.jobs, keys.override, "arq:job:", "arq:in-progress:")
+    endless += (keys.root + "saved", keys.root + "kept:")
     of_batch = (keys.batch(""), keys.done(""), keys.out(""), keys.base(""))
     for raw in gate.client.keys("*"):
         name = raw.decode()
@@ -179,6 +180,9 @@ class Item:
     deaths: int = 0
     refusals: int = 0
     hand_backs: int = 0
+    saved: bytes = b""
+    beside: bool = False
+    """Whether the checkpoint stands under a key of its own."""
 
 
 @dataclass
@@ -236,6 +240,7 @@ class Ledger:
     def flush(self) -> None:
         """Redis lost everything."""
         self.birth = self.last = self.attempt = self.place = 0
+        self.stored: dict[str, bytes] = {}
         self.cold = False
         self.members: dict[str, Member] = {}
         self.items: dict[str, Item] = {}
@@ -471,6 +476,8 @@ class Ledger:
         item = self.items.get(entry.job)
         if item is None or not item.recorded:
             item = self._adopted(call, entry, item, now)
+            if item is not None and entry.what.startswith("save"):
+                item.state, item.owner = "claimed", call.process
         if item is None or item.attempt != entry.attempt:
             self.counts["named"] += 1
             return False
@@ -484,12 +491,26 @@ class Ledger:
         elif entry.what == "refuse":
             item.state, item.refusals = "delayed", item.refusals + 1
             item.due = max(now + int(entry.arg), self.pause)
+        elif entry.what == "wait":
+            item.state, item.due = "delayed", now + int(entry.arg)
         elif entry.what == "keep":
             item.state, item.owner = "claimed", call.process
+        elif entry.what == "save":
+            item.saved, item.beside = bytes(entry.arg), False  # type: ignore[arg-type]
+        elif entry.what == "save-beside":
+            stored = self.stored.pop(str(entry.arg), None)
+            if stored is not None:
+                item.saved, item.beside = stored, True
         else:
             item.state = "waiting"
             item.hand_backs += entry.what == "hand"
+            item.deaths += entry.what == "died"
         return True
+
+    def store(self, key: str, data: bytes) -> None:
+        """A process stores a checkpoint that is too large for a call, for a week."""
+        self.gate.client.set(key, data, px=WEEK_MS)
+        self.stored[key] = data
 
     def _adopted(self, call: Call, entry: Entry, item: Item | None, now: int) -> Item | None:
         name, index = entry.job.split(":")[1], int(entry.job.split(":")[2])
@@ -610,6 +631,7 @@ class Ledger:
             assert job.attempt == self.attempt > self.highest, "an attempt number came again"
             counts = (job.deaths, job.refusals, job.hand_backs, job.payload)
             assert counts == (item.deaths, item.refusals, item.hand_backs, item.payload), counts
+            assert job.saved == (b"beside" if item.beside else item.saved), "not the latest checkpoint"
             item.state, item.owner, item.recorded = "claimed", call.process, True
             item.attempt = self.highest = job.attempt
         return len(chosen)
@@ -665,10 +687,17 @@ class Ledger:
         assert {name.decode(): int(there_at) for name, there_at in later} == due
         jobs: Any = client.hgetall(keys.jobs)
         records = {
-            i.id: f"{i.attempt} {i.place} {i.deaths} {i.refusals} {i.hand_backs} 0 {i.flow}"
+            i.id: f"{i.attempt} {i.place} {i.deaths} {i.refusals} {i.hand_backs} "
+            f"{2 if i.beside else 1 if i.saved else 0} {i.flow}"
             for i in self.items.values()
             if i.recorded
         }
+        saved: Any = client.hgetall(keys.root + "saved")
+        inline = {i.id: i.saved for i in self.items.values() if i.saved and not i.beside}
+        assert {name.decode(): data for name, data in saved.items()} == inline
+        kept = {k.decode(): client.get(k) for k in client.keys(keys.root + "kept:*")}
+        beside = {keys.kept(i.batch, i.index): i.saved for i in self.items.values() if i.beside}
+        assert kept == beside | self.stored
         assert {k.decode(): v.decode() for k, v in jobs.items()} == records
         payloads = {k.decode()[8:] for k in client.keys("arq:job:*")}
         assert payloads == {i.id for i in self.items.values() if i.payload is not None}

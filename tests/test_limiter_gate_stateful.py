@@ -32,6 +32,7 @@ STEPS = 250
 Move = tuple[str, int, float]
 MOVES = {
     "call": 40, "finish": 26, "tick": 22, "want": 6, "release": 8, "refuse": 6, "back": 3, "hand": 3,
+    "save": 8, "wait": 2, "died": 2,
     "late": 3, "again": 6, "lost": 5, "stale": 4, "enqueue": 8, "renew": 4, "pause": 1,
     "freeze": 2, "die": 3, "leave": 2, "stall": 2, "edge": 6, "late_grant": 4,
 }  # fmt: skip
@@ -188,6 +189,27 @@ class Episode:
     def hand(self, who: int, x: float) -> None:
         self.ended(who, x, "hand", "")
 
+    def wait(self, who: int, x: float) -> None:
+        self.ended(who, x, "wait", int(x * 2e6))
+
+    def died(self, who: int, x: float) -> None:
+        self.ended(who, x, "died", "")
+
+    def save(self, who: int, x: float) -> None:
+        """A run goes on to its next node: its checkpoint rides on the call, or is stored beside it."""
+        pump = self.pumps[who]
+        jobs = list(pump.runs)[int(x * 3) :][:2]
+        for job in jobs:
+            if x < 0.7:
+                pump.news.append(pump.entry(job, "save", f"{self.now}".encode()))
+            else:
+                _, batch, index = job.split(":")
+                key = f"{self.gate.keys.kept(batch, int(index))}:{pump.runs[job]}"
+                self.ledger.store(key, f"{self.now} large".encode())
+                pump.news.append(pump.entry(job, "save-beside", key))
+        if x < 0.5:
+            self.call(who, x)
+
     def want(self, who: int, x: float) -> None:
         self.pumps[who].wanted += 1 + int(x * 2)
         self.call(who, x)
@@ -200,7 +222,7 @@ class Episode:
 
     def late(self, who: int, x: float) -> None:
         """A run of a dead attempt claims to have ended."""
-        gone = [e for c in self.sent for e in c.entries if e.what in ("completed", "back", "refuse")]
+        gone = [e for c in self.sent for e in c.entries if e.what in ("completed", "back", "refuse", "save")]
         pump = self.pumps[who]
         if gone and pump.flows and who not in self.frozen:
             entry = gone[int(x * len(gone))]

@@ -216,7 +216,7 @@ def test_a_refused_run_is_deferred_until_it_is_due(url: str, tmp_path: Path) -> 
             async with scene.worker():
                 assert await job.result(timeout=20, poll_delay=0.02) == "done"
                 (ended,) = await scene.ended(1)
-            assert ended.outcome.attempts == {"refusals": 1}
+            assert ended.outcome.attempts == {"tries": 1, "refusals": 1}
             assert ended.outcome.started - refused_at >= 1.5
 
     asyncio.run(main())

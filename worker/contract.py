@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import msgspec
@@ -104,7 +105,10 @@ class Outcome(msgspec.Struct, omit_defaults=True):
         action: the run's last action, as the reference's results hold it (None if it cannot travel).
         difference: what the run changed in the shared store, also before it failed; see `worker.difference`.
         failure: set unless the status is `completed`.
-        attempts: executions so far by kind: `tries`, `deaths`, `refusals`, `hand_backs` (zeros left out).
+        attempts: how often the run was begun, by what ended it: `tries` (it ended by itself, this time included),
+            `deaths` (its process died under it), `refusals` (a rate limit), `hand_backs` (its worker left).
+            Empty for a run that was begun once.
+        notes: what else there is to say, such as why it started over.
         nodes: name and seconds of each node that ran.
         left_behind: paths of entries of the shared store that could not travel.
         started, ended: seconds since 1970 on the worker's clock, for display only.
@@ -117,6 +121,7 @@ class Outcome(msgspec.Struct, omit_defaults=True):
     attempts: dict[str, int] = {}
     nodes: list[tuple[str, float]] = []
     left_behind: list[str] = []
+    notes: list[str] = []
     host: str = ""
     started: float = 0.0
     ended: float = 0.0
@@ -144,6 +149,11 @@ class FleetFlow(Protocol):
         keep_result_s: seconds arq's result record is kept; 0 = not at all.
         refusal_patience_s: seconds after its first refusal in which a run may go on being refused.
         inline_sync_nodes: run sync nodes on the event loop instead of in a thread of the run.
+        checkpoint: save a run after each node.
+        flow_timeout_s: seconds the nodes of one attempt may run; None = any.
+        on_lost_lease: "finish" lets the node that runs end, "cancel" cancels it, once the lease is lost.
+        quarantine_after: how often its process may die under a run that is alone in it.
+        local_keys: keys of the shared store that stay where they are: in no checkpoint either.
     """
 
     start_node: Any
@@ -151,6 +161,11 @@ class FleetFlow(Protocol):
     keep_result_s: float
     refusal_patience_s: float
     inline_sync_nodes: bool
+    checkpoint: bool
+    flow_timeout_s: float | None
+    on_lost_lease: str
+    quarantine_after: int
+    local_keys: Iterable[str]
 
     def get_next_node(self, curr: Any, action: Any) -> Any: ...
 
@@ -159,6 +174,12 @@ class FleetFlow(Protocol):
 
     def fleet_limits(self, flow_name: str, lease_s: float) -> Limits:
         """The limit it runs under."""
+
+    def save_entry(self, key: Any, value: Any) -> Any:
+        """Plain values from which `load_entry` makes an entry that cannot travel; NotImplemented = none."""
+
+    def load_entry(self, key: Any, saved: Any) -> Any:
+        """The entry again."""
 
     async def on_worker_start(self) -> None:
         """Open what runs need, once per worker process."""

@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 
 from limiter.pump import Pump
 from limiter.sync import Claimed
+from worker.checkpoint import Saver
 from worker.registry import ServedFlow
 from worker.run import Run
 from worker.store import Bases
@@ -29,6 +30,7 @@ class Crew:
         self.bases = Bases(client)
         self.serves = {each.name: each for each in served}
         self.flows = [each.name for each in served]
+        self.savers = {each.name: Saver(each) for each in served}
         self.asked = 0
         self.runs: dict[str, Run] = {}
         self.show_traces = worker.show_traces
@@ -60,9 +62,9 @@ class Crew:
         if run is not None:
             run.stop("lost")
 
-    def flow_number(self, job: str) -> int:
-        """Which of `flows` the pump thinks a claim belongs to, from 1."""
-        return self.pump.flow_number(job)
+    def lease_lost(self) -> None:
+        for run in list(self.runs.values()):
+            run.lease_lost()
 
     def ended(self, run: Run) -> None:
         """Its place is free: the next call may ask for one job more."""

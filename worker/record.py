@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from arq.jobs import serialize_result
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from worker.run import Run
 
 LARGE = 64 * 1024
-"""An outcome above that many bytes is stored beside the call and only named in it."""
+"""An outcome or checkpoint above that many bytes is stored beside the call and only named in it."""
 BLOB_MS = 7 * 24 * 3600 * 1000
 
 
@@ -30,26 +31,43 @@ async def record(run: Run, outcome: Outcome, served: ServedFlow, job: Job) -> No
     if len(data) <= LARGE:
         settle(run, outcome.status, data, result)
         return
-    await _store_beside(run, data)
+    await store_beside(run, GateKeys(run.pump.name).blob(run.batch, run.index, run.claimed.attempt), data)
     settle(run, "blob:" + outcome.status, b"", result)
+
+
+async def save_entry(run: Run, data: bytes) -> Entry:
+    """The entry that keeps a checkpoint, which is stored first if it is too large for a call."""
+    if len(data) <= LARGE:
+        return Entry(run.claimed.id, run.claimed.attempt, run.flow_number, "save", data)
+    key = GateKeys(run.pump.name).kept(run.batch, run.index) + f":{run.claimed.attempt}"
+    await store_beside(run, key, data)
+    return Entry(run.claimed.id, run.claimed.attempt, run.flow_number, "save-beside", key)
 
 
 def settle(run: Run, what: str, arg: bytes | int = b"", first: Entry | None = None) -> None:
     """The run is over for this process; `first` is an entry the gate must hear before."""
-    entry = Entry(run.claimed.id, run.claimed.attempt, run.crew.flow_number(run.claimed.id), what, arg)
+    entry = Entry(run.claimed.id, run.claimed.attempt, run.flow_number, what, arg)
     if first is None:
         run.pump.settle(entry)
     else:
         run.pump.settle(entry, first)
 
 
-async def _store_beside(run: Run, data: bytes) -> None:
-    key = GateKeys(run.pump.name).blob(run.batch, run.index, run.claimed.attempt)
+async def store_beside(run: Run, key: str, data: bytes) -> None:
+    """Write `data` under `key` for a week, however long Redis takes."""
+    await _until_answered(lambda: run.crew.client.set(key, data, px=BLOB_MS))
+
+
+async def fetch(run: Run, key: str) -> bytes:
+    """What stands under `key`, b'' if nothing does."""
+    return await _until_answered(lambda: run.crew.client.get(key)) or b""
+
+
+async def _until_answered(ask: Callable[[], Awaitable[Any]]) -> Any:
     pause_s = 0.05
     while True:
         try:
-            await run.crew.client.set(key, data, px=BLOB_MS)
-            return
+            return await ask()
         except (RedisError, OSError):
             await asyncio.sleep(pause_s)
             pause_s = min(1.0, pause_s * 2)

@@ -16,11 +16,12 @@ import msgspec
 
 from limiter.refusal import recognised
 from limiter.sync import Claimed, Entry
-from worker.checkpoint import Checkpoint, read_checkpoint, store_of, where_to_go_on, written
+from worker.clock import Clock
 from worker.contract import COMPLETED, FAILED, Failure, Job, Outcome, decode_job, encode_outcome, split_job_id
 from worker.difference import difference
 from worker.failure import failure_of
 from worker.guard import Refused, guard
+from worker.keeping import Keeping
 from worker.record import record, settle, travelling
 from worker.registry import ServedFlow
 from worker.store import fresh_store
@@ -48,18 +49,22 @@ class Run:
     __slots__ = (
         "batch",
         "claimed",
+        "clock",
         "crew",
         "ending",
+        "flow_number",
         "index",
-        "kept",
+        "keeping",
         "node",
-        "params",
+        "served",
+        "shared",
         "start_by",
         "stamp",
         "started",
         "step",
         "task",
         "thread",
+        "timings",
     )
 
     def __init__(self, crew: Crew, claimed: Claimed, start_by: float, stamp: int) -> None:
@@ -70,9 +75,12 @@ class Run:
         self.ending: Ending = ""
         self.node = ""
         self.started = False
+        self.flow_number = 1
+        self.served: ServedFlow | None = None
+        self.shared: dict[Any, Any] = {}
         self.step: NodeStep | None = None
-        self.params: dict[str, Any] = {}
-        self.kept: Checkpoint | None = None
+        self.clock: Clock | None = None
+        self.timings: list[tuple[str, float]] = []
         self.thread: RunThread | None = None
         self.task: asyncio.Task[None] | None = None
         _, self.batch, self.index = split_job_id(claimed.id)
@@ -87,6 +95,12 @@ class Run:
         if self.task is not None and self.started:
             self.task.cancel()
 
+    def lease_lost(self) -> None:
+        """The lease is down to its margin: the run ends now, if its flow wants that."""
+        if not self.ending and self.served is not None and self.served.flow.on_lost_lease == "cancel":
+            log.warning("run.cancelled job=%s node=%s: the lease is lost", self.claimed.id, self.node)
+            self.stop("hand")
+
     async def execute(self) -> None:
         """Decode, walk, and record. Never raises; a job that is not recorded comes back by itself."""
         self.started = True
@@ -98,6 +112,9 @@ class Run:
                 item.set(f"{self.batch}:{self.index}")
                 await self._execute(base)
         except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) and self.ending:
+                self._leave_as_saved()  # stopped while it was on its way to the gate
+                return
             # past the guards below only a fault of ours arrives; the job must not stay claimed for ever
             log.exception("run.fault job=%s", self.claimed.id)
             settle(self, FAILED, encode_outcome(Outcome(FAILED, failure=failure_of(error, self.node))))
@@ -120,71 +137,70 @@ class Run:
         started = time.time()
         try:
             job = decode_job(self.claimed.payload)
-            served = self.crew.serves[job.flow]
+            served = self.served = self.crew.serves[job.flow]
         except (msgspec.DecodeError, IndexError, KeyError):
             failure = Failure("CorruptJob", "the job's payload is not one of PocketFleet's; it was not run")
             corrupt = Outcome(FAILED, failure=failure, host=HOST, started=started, ended=started)
             settle(self, FAILED, encode_outcome(corrupt))
             return
         if len(self.crew.flows) > 1:
-            self.pump.of_flow(self.claimed.id, self.crew.flows.index(job.flow) + 1)
-        timings: list[tuple[str, float]] = []
-        self.kept = read_checkpoint(self.claimed.saved)
-        shared = fresh_store(base)
+            self.flow_number = self.crew.flows.index(job.flow) + 1
+            self.pump.of_flow(self.claimed.id, self.flow_number)
+        untouched = fresh_store(base)
+        self.keeping = Keeping(self, self.crew.savers[job.flow], untouched)
         outcome: Outcome | None
         try:
-            outcome = await self._outcome(served, job, shared, timings)
+            outcome = await self._outcome(served, job, base)
             await self._end_thread()
         except Refused as refused:
             await self._end_thread()
-            outcome = self._go_back(served, refused, fresh_store(base), shared)
+            outcome = await self._go_back(served, refused)
         if outcome is None:
-            self._give_up(served, fresh_store(base), shared)
+            await self._give_up()
             return
-        outcome.difference, outcome.left_behind = difference(fresh_store(base), shared)
-        outcome.nodes = timings
-        outcome.attempts = self._attempts()
+        outcome.difference, outcome.left_behind = difference(untouched, self.shared)
+        outcome.nodes = self.timings
+        outcome.attempts = attempts_of(self.claimed, self.keeping.counted.died_alone)
+        if self.keeping.note:
+            outcome.notes = [self.keeping.note]
         outcome.host, outcome.started, outcome.ended = HOST, started, time.time()
         await record(self, outcome, served, job)
 
-    async def _outcome(
-        self,
-        served: ServedFlow,
-        job: Job,
-        shared: dict[Any, Any],
-        timings: list[tuple[str, float]],
-    ) -> Outcome | None:
+    async def _outcome(self, served: ServedFlow, job: Job, base: bytes) -> Outcome | None:
         """Walk the graph, from where it was left; None if the run was stopped before its end.
 
         Raises:
             Refused: the protected API refused the run.
         """
-        params = job.params
-        start = where_to_go_on(served.flow, self.kept) if self.kept is not None else None
-        if self.kept is not None and start is not None:
-            params = self.kept.params
-            store_of(shared, self.kept)
-        else:
-            self.kept = None
         try:
-            action = await walk(
-                served.flow,
-                params,
-                shared,
-                before_node=self._before_node,
-                sync_runner=None if served.flow.inline_sync_nodes else self._in_thread,
-                timings=timings,
-                start=start or (),
-            )
+            if self.claimed.saved:
+                self.shared, start = await self.keeping.begin(base, job)
+            else:
+                self.shared, start = fresh_store(base), None
+            if served.flow.flow_timeout_s is not None:
+                self.clock = Clock(served.flow.flow_timeout_s, asyncio.current_task())
+            try:
+                action = await walk(
+                    served.flow,
+                    job.params,
+                    self.shared,
+                    before_node=self._before_node,
+                    sync_runner=None if served.flow.inline_sync_nodes else self._in_thread,
+                    timings=self.timings,
+                    start=start,
+                )
+            finally:
+                if self.clock is not None:
+                    self.clock.stop()
             self.pump.succeed(self.claimed.attempt)
             return Outcome(COMPLETED, travelling(action))
         except Refused:
             raise
-        except asyncio.CancelledError as error:
-            if self.ending:
-                return None
-            return Outcome(FAILED, failure=failure_of(error, self.node))
         except BaseException as error:
+            if self.ending:  # whatever user code made of the cancellation
+                return None
+            if self.clock is not None and self.clock.ran_out:
+                return Outcome(FAILED, failure=self.clock.failure(self.node))
             hit = recognised(error)
             if hit is not None:
                 raise Refused(hit) from error
@@ -194,61 +210,53 @@ class Run:
             return Outcome(FAILED, failure=failure_of(error, self.node))
 
     async def _before_node(self, step: NodeStep) -> None:
-        """The fence: no node starts unless the lease surely holds and the run is still ours."""
-        if self.step is not None and self.step.part == "node":
+        """The fence: no node starts unless the run is saved, the lease surely holds and the run is ours."""
+        if self.clock is not None:
+            self.clock.stop()
+        first = self.step is None
+        if not first and self.step is not None and self.step.part == "node":
             self.pump.succeed(self.claimed.attempt)  # the node before this one has ended well
         self.step = step
         self.node = type(step.node).__name__
-        if step.parent is None:
-            self.params = step.node.params
+        await self.keeping.before(step, self.shared)
         while not self.pump.safe:
             await self.pump.contact()
-        if self.ending:
+        if self.ending or (self.clock is not None and self.clock.ran_out):
             raise asyncio.CancelledError
         if step.part == "node":
-            kept, self.kept = self.kept, None
-            if kept is not None and kept.returned:
-                guard(step.node, recognise=recognised, returned=kept.returned, items_digest=kept.items_digest)
+            resumed = self.keeping.resumed if first else None
+            if resumed is not None and resumed.returned:
+                guard(
+                    step.node,
+                    recognise=recognised,
+                    returned=resumed.returned,
+                    items_digest=resumed.items_digest,
+                )
             else:
                 guard(step.node, recognise=recognised)
+        if self.clock is not None:
+            self.clock.start()
 
-    def _go_back(
-        self, served: ServedFlow, refused: Refused, base: dict[Any, Any], shared: dict[Any, Any]
-    ) -> Outcome | None:
+    async def _go_back(self, served: ServedFlow, refused: Refused) -> Outcome | None:
         """A refused run goes back to its place and resumes there; it is not a failure and not a try."""
         hit, answer = refused.hit, self.pump.answer
         now_s = answer.now / 1e6 if answer else 0.0
-        before = read_checkpoint(self.claimed.saved)
-        refused_at = before.refused_at if before and before.refused_at else now_s
-        forgiven_s = (before.forgiven_s if before else 0.0) + (hit.retry_after or 0.0)
+        counted = self.keeping.counted
+        counted.refused_at = counted.refused_at or now_s
+        counted.forgiven_s += hit.retry_after or 0.0
         self.pump.refuse(self.claimed.attempt, hit.retry_after or 0.0)
-        if now_s - refused_at - forgiven_s > served.flow.refusal_patience_s:
+        if now_s - counted.refused_at - counted.forgiven_s > served.flow.refusal_patience_s:
             for_s = served.flow.refusal_patience_s
             text = f"refused for longer than refusal_patience_s={for_s:g}: {hit}"
             return Outcome(FAILED, failure=Failure("RateLimitHit", text[:2000], self.node))
         delay_s = hit.retry_after or min(LONGEST_DELAY_S, FIRST_DELAY_S * 2 ** min(self.claimed.refusals, 10))
         if not hit.retry_after:
             delay_s *= random.uniform(0.5, 1.0)
-        first = self._save(served, base, shared, refused, refused_at, forgiven_s)
+        first = await self.keeping.refused(self.step, self.shared, refused)
         log.info("run.refused job=%s node=%s again_in_s=%.1f", self.claimed.id, self.node, delay_s)
         settle(self, "refuse", round(delay_s * 1e6), first)
         self.ending = "refused"
         return None
-
-    def _save(
-        self,
-        served: ServedFlow,
-        base: dict[Any, Any],
-        shared: dict[Any, Any],
-        refused: Refused | None = None,
-        refused_at: float = 0.0,
-        forgiven_s: float = 0.0,
-    ) -> Entry | None:
-        """The entry that keeps where the run stopped; None if it had not begun."""
-        if self.step is None:
-            return None
-        data = written(served.flow, self.step, base, shared, self.params, refused, refused_at, forgiven_s)
-        return Entry(self.claimed.id, self.claimed.attempt, 1, "save", data)
 
     async def _in_thread(self, function: Any, *args: Any) -> Any:
         if self.thread is None:
@@ -267,22 +275,29 @@ class Run:
             except asyncio.CancelledError:
                 continue
 
-    def _attempts(self) -> dict[str, int]:
-        claimed = self.claimed
-        if not (claimed.deaths or claimed.refusals or claimed.hand_backs):
-            return {}
-        counts = {"deaths": claimed.deaths, "refusals": claimed.refusals, "hand_backs": claimed.hand_backs}
-        return {kind: count for kind, count in counts.items() if count}
-
     def _give_back_unstarted(self) -> None:
         if self.ending != "lost":
-            entry = Entry(self.claimed.id, self.claimed.attempt, 1, "back")
+            entry = Entry(self.claimed.id, self.claimed.attempt, self.flow_number, "back")
             self.pump.return_job(entry, self.stamp, late=not self.ending)
 
-    def _give_up(self, served: ServedFlow, base: dict[Any, Any], shared: dict[Any, Any]) -> None:
+    async def _give_up(self) -> None:
+        """It was stopped: handed back it takes with it what the gate does not know yet."""
         if self.ending == "hand":
-            before = read_checkpoint(self.claimed.saved) or Checkpoint([], [])
-            kept = self._save(
-                served, base, shared, refused_at=before.refused_at, forgiven_s=before.forgiven_s
-            )
-            settle(self, "hand", first=kept)
+            settle(self, "hand", first=await self.keeping.handed_back(self.step, self.shared))
+
+    def _leave_as_saved(self) -> None:
+        if self.ending == "hand":
+            settle(self, "hand")
+
+
+def attempts_of(claimed: Claimed, died_alone: int = 0) -> dict[str, int]:
+    """How often a run was begun, by what ended it; nothing for one that was begun once."""
+    if not (claimed.deaths or claimed.refusals or claimed.hand_backs):
+        return {}
+    counts = {
+        "tries": 1 + died_alone,
+        "deaths": claimed.deaths,
+        "refusals": claimed.refusals,
+        "hand_backs": claimed.hand_backs,
+    }
+    return {kind: count for kind, count in counts.items() if count}

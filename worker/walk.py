@@ -4,15 +4,42 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pocketflow import AsyncFlow, AsyncNode, BaseNode, Flow
 
 Path = tuple[tuple[Any, ...], ...]
 BeforeNode = Callable[["NodeStep"], Awaitable[None]]
 SyncRunner = Callable[..., Awaitable[Any]]
+
+
+class Level(NamedTuple):
+    """Of a nested flow that is being walked: the params of its nodes, and what its prep returned."""
+
+    params: dict[str, Any]
+    prepared: Any
+
+
+class Start(NamedTuple):
+    """Where a stopped run goes on.
+
+    Attributes:
+        path: `NodeStep.path` of the node to begin with.
+        levels: `NodeStep.levels` of it, outermost first.
+        after: `(action,)` if the nested flow at the end of the path has only its post left.
+    """
+
+    path: Path
+    levels: Sequence[Level] = ()
+    after: tuple[Any] | None = None
+
+    def inside(self) -> Start | None:
+        """The same for the nested flow at the path's first level; None if it begins anew."""
+        if len(self.path) == 1 and self.after is None:
+            return None
+        return Start(self.path[1:], self.levels, self.after)
 
 
 async def walk(
@@ -23,7 +50,7 @@ async def walk(
     before_node: BeforeNode,
     sync_runner: SyncRunner | None,
     timings: list[tuple[str, float]],
-    start: Path = (),
+    start: Start | None = None,
 ) -> Any:
     """Run the graph of `flow` once with `params`; return the last action.
 
@@ -42,7 +69,7 @@ async def walk(
             which the run is, or raise to end the run.
         sync_runner: awaited as `sync_runner(function, shared, ...)` for what is not async, such
             as `RunThread.call`; None runs it on the loop, as PocketFlow does.
-        start: the `NodeStep.path` of the node to begin with, as a stopped run goes on; () is the start.
+        start: where to begin, as a stopped run goes on; None is the graph's start.
         timings: gets class name and seconds of each node that ended, also of one that raised.
     """
     walker = _Walker(shared, before_node, sync_runner or _inline, timings)
@@ -58,9 +85,11 @@ class NodeStep:
         flow: the flow whose graph it stands in.
         parent: the step of that flow, None at the top level.
         part: "node", or for a nested flow that is walked node by node "prep" or "post".
+        prepared: of a nested flow, what its prep returned.
+        action: of its post, the last action of its graph.
     """
 
-    __slots__ = ("node", "origin", "flow", "parent", "part")
+    __slots__ = ("node", "origin", "flow", "parent", "part", "prepared", "action")
 
     def __init__(
         self,
@@ -69,12 +98,16 @@ class NodeStep:
         flow: Any,
         parent: NodeStep | None,
         part: Literal["node", "prep", "post"] = "node",
+        prepared: Any = None,
+        action: Any = None,
     ) -> None:
         self.node = node
         self.origin = origin
         self.flow = flow
         self.parent = parent
         self.part = part
+        self.prepared = prepared
+        self.action = action
 
     @property
     def name(self) -> str:
@@ -91,6 +124,24 @@ class NodeStep:
         above = () if self.parent is None else self.parent.path
         way = way_to(self.origin, self.flow.start_node)
         return None if above is None or way is None else (*above, way)
+
+    @property
+    def levels(self) -> list[Level]:
+        """Of each nested flow that the node stands in, outermost first; before a post of it, too."""
+        found = [Level({}, self.prepared)] if self.part == "post" else []
+        step = self
+        while step.parent is not None:
+            found.append(Level(step.node.params, step.parent.prepared))
+            step = step.parent
+        return found[::-1]
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The run's params, as its nodes changed them in place."""
+        step = self
+        while step.parent is not None:
+            step = step.parent
+        return step.node.params  # type: ignore[no-any-return]
 
 
 def way_to(node: Any, start: Any) -> tuple[Any, ...] | None:
@@ -126,12 +177,12 @@ class _Walker:
         self.timings = timings
 
     async def graph(
-        self, flow: Any, params: dict[str, Any], parent: NodeStep | None, is_async: bool, start: Path
+        self, flow: Any, params: dict[str, Any], parent: NodeStep | None, is_async: bool, start: Start | None
     ) -> Any:
         """From the flow's start to its end. In a sync flow (`is_async` false) nothing is awaited
         by PocketFlow: an AsyncNode in it raises, and an AsyncFlow in it runs as a sync one."""
         origin, action = flow.start_node, None
-        for way in start[0] if start else ():
+        for way in start.path[0] if start else ():
             origin = origin.successors[way]
         node = copy.copy(origin)
         while node:
@@ -139,10 +190,10 @@ class _Walker:
             step = NodeStep(node, origin, flow, parent)
             awaited = is_async and isinstance(node, AsyncNode)
             if isinstance(node, Flow) and _is_plain(node, awaited):
-                action = await self.nested(step, awaited, start[1:])
+                action = await self.nested(step, awaited, start.inside() if start else None)
             else:
                 action = await self.whole(step, awaited)
-            start = ()
+            start = None
             origin = flow.get_next_node(node, action)
             node = copy.copy(origin) if origin else None
         return action
@@ -159,16 +210,20 @@ class _Walker:
         finally:
             self.timings.append((type(node).__name__, perf_counter() - began))
 
-    async def nested(self, step: NodeStep, awaited: bool, start: Path) -> Any:
-        """A nested flow: its prep, its graph, its post, whose answer is the action.
-
-        One with a prep of its own begins anew also when it is gone on with: what that prepared is gone.
-        """
+    async def nested(self, step: NodeStep, awaited: bool, start: Start | None) -> Any:
+        """A nested flow: its prep, its graph, its post, whose answer is the action."""
         flow = step.node
-        own_prep = not _is_own(*_prep_of(flow, awaited))
-        prepared = await self.prep(step, awaited)
-        action = await self.graph(flow, {**flow.params}, step, awaited, () if own_prep else start)
-        return await self.post(step, awaited, prepared, action)
+        if start is None:
+            step.prepared = await self.prep(step, awaited)
+            action = await self.graph(flow, {**flow.params}, step, awaited, None)
+        else:
+            params, step.prepared = start.levels[0]
+            if start.path:
+                inner = start._replace(levels=start.levels[1:])
+                action = await self.graph(flow, params, step, awaited, inner)
+            else:
+                action = start.after[0] if start.after else None
+        return await self.post(step, awaited, action)
 
     async def prep(self, step: NodeStep, awaited: bool) -> Any:
         flow = step.node
@@ -179,11 +234,12 @@ class _Walker:
             return await flow.prep_async(self.shared)
         return await self.sync_runner(flow.prep, self.shared)
 
-    async def post(self, step: NodeStep, awaited: bool, prepared: Any, action: Any) -> Any:
-        flow = step.node
+    async def post(self, step: NodeStep, awaited: bool, action: Any) -> Any:
+        flow, prepared = step.node, step.prepared
         if _is_own(flow.post_async, AsyncFlow.post_async) if awaited else _is_own(flow.post, Flow.post):
             return action
-        await self.before_node(NodeStep(flow, step.origin, step.flow, step.parent, "post"))
+        after = NodeStep(flow, step.origin, step.flow, step.parent, "post", prepared, action)
+        await self.before_node(after)
         if awaited:
             return await flow.post_async(self.shared, prepared, action)
         return await self.sync_runner(flow.post, self.shared, prepared, action)
