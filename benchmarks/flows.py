@@ -40,6 +40,12 @@ class Lined(ThrottledAsyncParallelBatchFlow):
         await stand_ready()
 
 
+def _two_nothings() -> Nothing:
+    first = Nothing()
+    first >> Nothing()
+    return first
+
+
 def _two_sleeps() -> Sleep:
     first = Sleep()
     first >> Sleep()
@@ -49,6 +55,8 @@ def _two_sleeps() -> Sleep:
 OUT_OF_THE_WAY = {"max_concurrent_flows": 100_000, "max_flows_per_minute": 1_000_000}
 
 noop = Lined(start=Nothing(), name="noop", **OUT_OF_THE_WAY)
+saved = Lined(start=_two_nothings(), name="saved", **OUT_OF_THE_WAY)
+unsaved = Lined(start=_two_nothings(), name="unsaved", checkpoint=False, **OUT_OF_THE_WAY)
 level5 = Lined(start=Nothing(), name="level5", max_concurrent_flows=5, max_flows_per_minute=1_000_000)
 seed5 = Lined(start=_two_sleeps(), name="seed5", max_concurrent_flows=5)
 seed10 = Lined(start=_two_sleeps(), name="seed10", max_concurrent_flows=10)

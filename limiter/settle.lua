@@ -25,10 +25,10 @@ local function parts(id)
   return string.match(id, '^([^:]+):(%d+)$', AFTER_TAG)
 end
 
--- The fields of a record that an ended run needs: attempt and flow as text, and where a checkpoint stands.
-local function read_end(text)
+-- The fields of a record that a run needs which ended or goes on: the others stay in `text`.
+local function read_part(text)
   local attempt, saved, flow = string.match(text or '', '^(%d+) %d+ %d+ %d+ %d+ (%d) (.+)$')
-  return attempt and { attempt = tonumber(attempt), saved = tonumber(saved), flow = flow } or nil
+  return attempt and { attempt = tonumber(attempt), saved = tonumber(saved), flow = flow, text = text } or nil
 end
 
 -- Where a checkpoint too large for a call stands.
@@ -89,6 +89,16 @@ local function note(id, job)
   records[n + 1], records[n + 2] = id, write_job(job)
 end
 
+-- Note where the checkpoint stands now.
+local function flag_saved(id, job, where)
+  if job.saved == where then return end
+  job.saved = where
+  if not job.text then return note(id, job) end
+  job.text = string.gsub(job.text, '^(%d+ %d+ %d+ %d+ %d+ )%d', '%1' .. where)
+  local records, n = changed.records, #changed.records
+  records[n + 1], records[n + 2] = id, job.text
+end
+
 local function give_back(id, job, score)
   changed.keys[#changed.keys + 1] = 'arq:in-progress:' .. id
   note(id, job)
@@ -117,17 +127,14 @@ local SETTLE = {
   save = function(id, job, checkpoint)
     if job.saved == BESIDE then redis.call('DEL', kept_of(id)) end
     changed.saved[id] = checkpoint
-    if job.saved == INLINE then return end
-    job.saved = INLINE
-    note(id, job)
+    flag_saved(id, job, INLINE)
   end,
   ['save-beside'] = function(id, job, key)
     if redis.call('EXISTS', key) == 0 then return end -- heard before; what it brought is kept already
     redis.call('RENAME', key, kept_of(id))
     redis.call('PERSIST', kept_of(id))
     if job.saved == INLINE then changed.saved[id] = false end
-    job.saved = BESIDE
-    note(id, job)
+    flag_saved(id, job, BESIDE)
   end,
   back = go_back,
   hand = function(id, job)
@@ -159,12 +166,20 @@ end
 -- What a run that goes on sends; where it is adopted, it is claimed again at once.
 local GOES_ON = { save = true, ['save-beside'] = true }
 
+-- The record of an entry's job as the entries before it left it; `text` is what stands in Redis.
+local function job_of(i, known, text)
+  local id, what = ARGV[i], ARGV[i + 3]
+  local partly = ENDED[what] or GOES_ON[what]
+  if known and (partly or not known.text) then return known end
+  if known then return read_job(known.text) end
+  if text then return (partly and read_part or read_job)(text) end
+  local job = adopted(id, tonumber(ARGV[i + 1]), what, call.flows[tonumber(ARGV[i + 2])])
+  if job and GOES_ON[what] then SETTLE.keep(id, job) end
+  return job
+end
+
 local function settle_entry(i, job)
   local id, attempt, what, arg = ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 3], ARGV[i + 4]
-  if not job then
-    job = adopted(id, attempt, what, call.flows[tonumber(ARGV[i + 2])])
-    if job and GOES_ON[what] then SETTLE.keep(id, job) end
-  end
   if not job or job.attempt ~= attempt then return false end
   local status = ENDED[what] and what or string.match(what, '^blob:(.+)$')
   if status then
@@ -217,7 +232,7 @@ local function settle_entries()
   local jobs = {} -- one record per job, also where several entries name it
   for n, id in ipairs(ids) do
     local at = FIRST_ENTRY + (n - 1) * 5
-    if not jobs[id] then jobs[id] = (ENDED[ARGV[at + 3]] and read_end or read_job)(known[n]) end
+    jobs[id] = job_of(at, jobs[id], known[n])
     if not settle_entry(at, jobs[id]) then
       refused[#refused + 1] = id
     end

@@ -71,7 +71,7 @@ def test_a_refused_run_resumes_where_it_stopped_and_is_no_failure() -> None:
         assert {line["status"] for line in lines} == {"completed"} and len(lines) == 12
         # given: items 3 and 4 were refused once, item 7 inside its batch node
         refused = {line["index"]: line["attempts"] for line in lines if line["attempts"]}
-        assert refused == dict.fromkeys((3, 4, 7), {"tries": 1, "refusals": 1})
+        assert refused == {n: {"tries": 1, "refusals": 1} for n in (3, 4, 7)}
         # then: no node before the refused one ran twice, and neither retries nor the fallback saw a refusal
         assert set(site.ledger.items("paid").values()) == {1}
         assert site.ledger.items("start") == Counter({str(i): 1 + (i in (3, 4)) for i in range(12)})

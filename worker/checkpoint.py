@@ -11,7 +11,7 @@ import msgspec
 from pocketflow import Flow
 
 from worker.contract import FleetFlow
-from worker.difference import apply, difference
+from worker.difference import apply, difference, is_plain
 from worker.guard import Refused
 from worker.registry import ServedFlow
 from worker.walk import Level, NodeStep, Start, way_to
@@ -30,7 +30,7 @@ class Checkpoint(msgspec.Struct, omit_defaults=True):
         graph: `Saver.graph` of the flow it was made with.
         difference: what the run changed in the shared store so far.
         entries: entries of the store that the flow saved its own way (`save_entry`).
-        params: its params if nodes changed them in place, else None.
+        params: its params, as nodes changed them in place; None = as the job brought them.
         returned, items_digest: of a refused batch node, see `worker.guard`.
         refused_at: when it was first refused, seconds on Redis' clock; 0 = never.
         forgiven_s: seconds of that in which the fleet was asked to pause.
@@ -55,6 +55,11 @@ class Checkpoint(msgspec.Struct, omit_defaults=True):
         self.refused_at, self.forgiven_s = other.refused_at, other.forgiven_s
         self.died_alone = other.died_alone
         return self
+
+    def refused_again(self, now_s: float, forgiven_s: float) -> Checkpoint:
+        """A copy that counts one more refusal."""
+        first_s = self.refused_at or now_s
+        return msgspec.structs.replace(self, refused_at=first_s, forgiven_s=self.forgiven_s + forgiven_s)
 
     def refused(self, refused: Refused | None) -> Checkpoint:
         """Itself, with what a refused batch node had already returned."""
@@ -102,12 +107,12 @@ class Saver:
         return Checkpoint(((),), graph=self.graph)
 
     def written(
-        self, step: NodeStep, base: dict[Any, Any], shared: dict[Any, Any], params: dict[str, Any]
+        self, step: NodeStep, base: dict[Any, Any], shared: dict[Any, Any], params: dict[str, Any] | None
     ) -> Checkpoint:
         """The checkpoint of a run that is about to do `step`; it shares its values with the run.
 
         Args:
-            params: what the job brought, to see whether nodes changed theirs.
+            params: what the job brought; params equal to it are left out.
 
         Raises:
             CannotSave: an entry of the store, a param or an action cannot travel.
@@ -118,8 +123,12 @@ class Saver:
         kept.difference, left_behind = difference(base, shared)
         if left_behind:
             kept.difference, kept.entries = self._packed(base, shared)
-        theirs = step.params
-        if theirs != {**self.flow.params, **params}:
+        theirs, flows = step.params, self.flow.params
+        if params is None or theirs != {**flows, **params}:
+            if flows:  # what every worker's flow has may be anything, and need not travel
+                theirs = {
+                    key: value for key, value in theirs.items() if key not in flows or flows[key] is not value
+                }
             kept.params = _travelling(theirs, "params")
         if step.parent is not None or step.part == "post":
             kept.levels = [tuple(level) for level in step.levels]
@@ -196,8 +205,7 @@ class Saver:
 
 def _travelling(value: Any, what: str) -> Any:
     """`value`, if it comes back as it is (a tuple as a list)."""
-    _, left_behind = difference({}, {"": value})
-    if left_behind:
+    if not is_plain(value):
         raise CannotSave(f"{what} cannot travel")
     return value
 

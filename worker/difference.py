@@ -92,6 +92,11 @@ def equal(one: Any, other: Any) -> bool:
     return all(map(equal, one.values(), map(other.__getitem__, one)))
 
 
+def is_plain(value: Any) -> bool:
+    """Whether a value comes back as it is sent (a tuple as a list), found without encoding it."""
+    return _plain(value, 0)
+
+
 def spelled(path: Path) -> str:
     """A path as the codec writes it.
 

@@ -10,7 +10,7 @@ from limiter.sync import Entry
 from worker.checkpoint import MOST_BYTES, CannotSave, Checkpoint, Saver, encode_checkpoint, read_checkpoint
 from worker.contract import Job, decode_job
 from worker.guard import Refused
-from worker.record import fetch, save_entry
+from worker.record import LARGE, fetch, save_entry
 from worker.store import fresh_store
 from worker.walk import NodeStep, Start
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pocketfleet.worker")
 
 BESIDE = b"beside"
+NEW = Checkpoint()
 NOTHING = b"\xc1"
 """What no encoder writes."""
 
@@ -28,21 +29,23 @@ class Keeping:
     """Keeps one run of a flow.
 
     Attributes:
-        counted: what earlier attempts counted (when it was first refused and so on).
+        counted: what earlier attempts counted (when it was first refused and so on); not to be changed.
+        saves: whether it is saved before each node but the first.
+        step: the node before which it was last saved, or with which it began.
         resumed: the checkpoint it began with, if it did; its batch node's items are in it.
         note: why it started over although it had been saved; '' if it did not.
     """
 
-    __slots__ = ("_base", "_last", "_run", "_saver", "_saves", "_step", "counted", "note", "resumed")
+    __slots__ = ("_base", "_last", "_run", "_saver", "counted", "note", "resumed", "saves", "step")
 
     def __init__(self, run: Run, saver: Saver, base: dict[Any, Any]) -> None:
         self._run = run
         self._saver = saver
-        self._saves = saver.saves
+        self.saves = saver.saves
         self._base = base
-        self._last = b""  # the run as it stood before `_step`; b'' = at its very beginning
-        self._step: NodeStep | None = None
-        self.counted = Checkpoint()
+        self._last = b""  # the run as it stood before `step`; b'' = at its very beginning
+        self.step: NodeStep | None = None
+        self.counted = NEW
         self.resumed: Checkpoint | None = None
         self.note = ""
 
@@ -75,26 +78,28 @@ class Keeping:
         return fresh_store(base), None
 
     async def before(self, step: NodeStep, shared: dict[Any, Any]) -> None:
-        """Write where the run stands before it does `step`, unless that is where it began.
+        """Write where the run stands before it does `step`.
 
-        Returns once the gate has it, and then knows that the run is still ours.
+        Returns once the gate has it, and then the run is still ours, or it has been cancelled.
         """
-        if self._step is None:
-            self._step = step
-        elif self._saves:
-            try:
-                data = self._encoded(self._written(step, shared))
-            except CannotSave as why:
-                self._saver.warn(str(why))
-                self._saves = False
-                return
-            await self._run.pump.save(await save_entry(self._run, data))
-            self._last, self._step = data, step
+        try:
+            data = self._encoded(self._written(step, shared))
+        except CannotSave as why:
+            self._saver.warn(str(why))
+            self.saves = False
+            return
+        run = self._run
+        if len(data) <= LARGE:
+            entry = Entry(run.claimed.id, run.claimed.attempt, run.flow_number, "save", data)
+        else:
+            entry = await save_entry(run, data)
+        await run.pump.save(entry)
+        self._last, self.step = data, step
 
     async def refused(self, step: NodeStep | None, shared: dict[Any, Any], refused: Refused) -> Entry:
         """What a refused run goes back with: as it stood before the node, and the items that had returned."""
         kept = self._at(step, shared)
-        same_step = kept is not None or step is self._step
+        same_step = kept is not None or step is self.step
         kept = kept or read_checkpoint(self._last) or self._saver.fresh()
         kept.with_counts_of(self.counted).refused(refused if same_step else None)
         try:
@@ -118,7 +123,7 @@ class Keeping:
 
         Only a flow with `checkpoint=False` is saved as late as this.
         """
-        if self._saver.saves or step is None or step is self._step:
+        if self._saver.saves or step is None or step is self.step:
             return None
         try:
             return self._written(step, shared)
@@ -127,8 +132,11 @@ class Keeping:
             return None
 
     def _written(self, step: NodeStep, shared: dict[Any, Any]) -> Checkpoint:
-        params = decode_job(self._run.claimed.payload).params
-        return self._saver.written(step, self._base, shared, params).with_counts_of(self.counted)
+        payload = self._run.claimed.payload
+        # small params are written each time: cheaper than to see whether a node changed them
+        params = decode_job(payload).params if len(payload) > 1024 else None
+        kept = self._saver.written(step, self._base, shared, params)
+        return kept if self.counted is NEW else kept.with_counts_of(self.counted)
 
     @staticmethod
     def _encoded(kept: Checkpoint) -> bytes:

@@ -218,14 +218,18 @@ class Run:
             self.pump.succeed(self.claimed.attempt)  # the node before this one has ended well
         self.step = step
         self.node = type(step.node).__name__
-        await self.keeping.before(step, self.shared)
+        keeping = self.keeping
+        if first:
+            keeping.step = step
+        elif keeping.saves:
+            await keeping.before(step, self.shared)
         while not self.pump.safe:
             await self.pump.contact()
         if self.ending or (self.clock is not None and self.clock.ran_out):
             raise asyncio.CancelledError
         if step.part == "node":
-            resumed = self.keeping.resumed if first else None
-            if resumed is not None and resumed.returned:
+            resumed = keeping.resumed
+            if first and resumed is not None and resumed.returned:
                 guard(
                     step.node,
                     recognise=recognised,
@@ -241,9 +245,7 @@ class Run:
         """A refused run goes back to its place and resumes there; it is not a failure and not a try."""
         hit, answer = refused.hit, self.pump.answer
         now_s = answer.now / 1e6 if answer else 0.0
-        counted = self.keeping.counted
-        counted.refused_at = counted.refused_at or now_s
-        counted.forgiven_s += hit.retry_after or 0.0
+        counted = self.keeping.counted = self.keeping.counted.refused_again(now_s, hit.retry_after or 0.0)
         self.pump.refuse(self.claimed.attempt, hit.retry_after or 0.0)
         if now_s - counted.refused_at - counted.forgiven_s > served.flow.refusal_patience_s:
             for_s = served.flow.refusal_patience_s
