@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 
 from limiter.pump import Pump
 from limiter.sync import Claimed
+from worker.alone import AFTER_DEATHS, run_of
 from worker.checkpoint import Saver
 from worker.registry import ServedFlow
 from worker.run import Run
@@ -34,6 +35,7 @@ class Crew:
         self.asked = 0
         self.runs: dict[str, Run] = {}
         self.show_traces = worker.show_traces
+        self.children = worker.children
         self._worker = worker
 
     def room(self) -> int:
@@ -43,7 +45,12 @@ class Crew:
 
     def take(self, jobs: list[Claimed], start_by: float, stamp: int) -> None:
         self.asked = 0
-        runs = [Run(self, claimed, start_by, stamp) for claimed in jobs]
+        runs = [
+            run_of(self, claimed, start_by, stamp)
+            if claimed.deaths >= AFTER_DEATHS
+            else Run(self, claimed, start_by, stamp)
+            for claimed in jobs
+        ]
         for run in runs:
             self.runs[run.claimed.id] = run
         self._start(runs)

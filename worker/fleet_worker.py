@@ -9,6 +9,7 @@ from typing import Any
 
 from limiter.keys import GateKeys
 from limiter.process import Process
+from worker.alone import Children
 from worker.crew import SLICE, Crew
 from worker.presence import Presence
 from worker.registry import ServedFlow
@@ -49,6 +50,7 @@ class FleetWorker:
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         self.crews: list[Crew] = []
+        self.children = Children()
         self.stopped = asyncio.Event()
 
     async def run(self) -> None:
@@ -127,6 +129,7 @@ class FleetWorker:
 
     async def _end(self, presence: Presence, announcing: asyncio.Task[None]) -> None:
         await self._drain()  # the crews stay employed: the last call must name the flows it stood idle for
+        self.children.end()
         announcing.cancel()
         await presence.leave()
         for each in self._served:
