@@ -22,6 +22,7 @@ from limiter.settings import load
 from limiter.sync import Claimed, Entry
 from worker import output
 from worker.checkpoint import Saver
+from worker.contained import contained_tasks
 from worker.contract import split_job_id
 from worker.crew import Crew
 from worker.frames import Frames
@@ -128,8 +129,9 @@ async def main(descriptor: int, target: str, lease_s: float) -> None:
     split_job_id(job)
     run = worker.run = Run(cast(Crew, worker), claimed, float("inf"), 0)
     hearing = asyncio.create_task(worker.hear())
-    run.task = asyncio.create_task(run.execute())
-    await run.task
+    with contained_tasks():
+        run.task = asyncio.create_task(run.execute())
+        await run.task
     with contextlib.suppress(Exception):
         async with asyncio.timeout(STOP_S):
             await served.flow.on_worker_stop()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import logging
 import os
 import socket
+import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,6 +48,18 @@ def worker(
     settings = load(WorkerSettings)
     serve(targets(settings), settings.lease_s)  # refuse a wrong target before anything is opened
     run_worker(settings_class())
+    leave_threads()
+
+
+def leave_threads() -> None:
+    """End the process now if user code left threads behind, which Python would wait for without end."""
+    if all(each.daemon for each in threading.enumerate() if each is not threading.main_thread()):
+        return
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def workers(

@@ -10,6 +10,7 @@ from typing import Any
 from limiter.keys import GateKeys
 from limiter.process import Process
 from worker.alone import Children
+from worker.contained import contained_tasks
 from worker.crew import SLICE, Crew
 from worker.presence import Presence
 from worker.registry import ServedFlow
@@ -56,7 +57,8 @@ class FleetWorker:
     async def run(self) -> None:
         """Serve until `stop`, until cancelled, or, in burst, until there is nothing left anywhere."""
         try:
-            await self._serve()
+            with contained_tasks():
+                await self._serve()
         finally:
             self.stopped.set()
 

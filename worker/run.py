@@ -43,6 +43,10 @@ item: contextvars.ContextVar[str] = contextvars.ContextVar("pocketfleet_item", d
 Ending = Literal["", "hand", "lost", "refused"]
 
 
+class LeftTask(BaseException):
+    """What left a task of user code was SystemExit or KeyboardInterrupt, its cause."""
+
+
 class Run:
     """One attempt. `ending` says why it is being cancelled: handed back, or no longer ours."""
 
@@ -201,6 +205,8 @@ class Run:
                 return None
             if self.clock is not None and self.clock.ran_out:
                 return Outcome(FAILED, failure=self.clock.failure(self.node))
+            if isinstance(error, LeftTask) and error.__cause__ is not None:
+                error = error.__cause__
             hit = recognised(error)
             if hit is not None:
                 raise Refused(hit) from error
