@@ -94,8 +94,11 @@ class Run:
         return self.crew.pump
 
     def stop(self, ending: Ending) -> None:
-        """End the run at its next await; a thread of it is waited for."""
+        """End the run at its next await. A thread of it is waited for, and one that is handed back keeps
+        what the node in its thread has done: it ends before the next node."""
         self.ending = ending
+        if ending == "hand" and self.thread is not None and self.thread.busy:
+            return
         if self.task is not None and self.started:
             self.task.cancel()
 
