@@ -257,7 +257,9 @@ def test_the_same_number_gets_the_same_jobs_with_their_payloads(ledger: Ledger) 
     assert says(ledger, 50, jobs("A", 1, 2)) == first
 
 
-@pytest.mark.parametrize(("what", "place_in_line"), [("back", [0, 2]), ("hand", [0, 2]), ("refuse", [2, 3])])
+@pytest.mark.parametrize(
+    ("what", "place_in_line"), [("back", [0, 2]), ("hand", [0, 2]), ("died", [0, 2]), ("refuse", [2, 3])]
+)
 def test_a_run_that_comes_back_has_its_old_place(ledger: Ledger, what: str, place_in_line: list[int]) -> None:
     put(ledger, 0, 6)
     says(ledger, 1, jobs("A", 1, 2))
@@ -272,6 +274,49 @@ def test_a_run_that_comes_back_has_its_old_place(ledger: Ledger, what: str, plac
         back = [Entry(answer.jobs[0].id, answer.jobs[0].attempt, 1, "completed", b"out")]
         answer = says(ledger, 1003, jobs("B", 3, 1, entries=back))
         assert [(job.id, job.refusals) for job in answer.jobs] == [(job_id("L", "b", 0), 1)]
+
+
+def test_a_run_that_cannot_start_here_waits_and_counts_nothing(ledger: Ledger) -> None:
+    put(ledger, 0, 2)
+    says(ledger, 0, jobs("A", 1, 1))
+    answer = says(ledger, 2, jobs("A", 2, 1, entries=[ended(0, 1, "wait", 1000)]))
+    assert taken(answer) == [1], "the next in line was taken"
+    answer = says(ledger, 1002, jobs("A", 3, 1, entries=[ended(1, 2)]))
+    (job,) = answer.jobs
+    assert (job.id, job.deaths, job.refusals, job.hand_backs) == (job_id("L", "b", 0), 0, 0, 0)
+
+
+def test_a_checkpoint_is_kept_until_its_job_is_done_and_the_answer_says_whose_the_run_is(
+    ledger: Ledger,
+) -> None:
+    put(ledger, 0, 1)
+    says(ledger, 0, jobs("A", 1, 1))
+    says(ledger, 2, jobs("A", 2, 0, held=1, entries=[ended(0, 1, "save", b"one")]))
+    # given: A was cut off, and B has taken the run up with what A saved
+    answer = says(ledger, 2 * LEASE, jobs("B", 1, 1))
+    answer = answer if answer.jobs else says(ledger, 3 * LEASE + 10, jobs("B", 2, 1))
+    assert [(job.saved, job.deaths) for job in answer.jobs] == [(b"one", 1)]
+    # then: a late checkpoint of A is refused, and B's stands
+    late = says(ledger, 3 * LEASE + 20, jobs("A", 3, 0, held=1, entries=[ended(0, 1, "save", b"late")]))
+    assert late.refused == [job_id("L", "b", 0)]
+    attempt = answer.jobs[0].attempt - T0
+    key = f"{ledger.gate.keys.kept('b', 0)}:{answer.jobs[0].attempt}"
+    ledger.store(key, b"a large one")
+    says(ledger, 3 * LEASE + 30, jobs("B", 3, 0, held=1, entries=[ended(0, attempt, "save-beside", key)]))
+    says(ledger, 3 * LEASE + 40, jobs("B", 4, 0, entries=[ended(0, attempt, "hand", "")]))
+    answer = says(ledger, 3 * LEASE + 50, jobs("B", 5, 1))
+    assert [job.saved for job in answer.jobs] == [b"beside"]
+    assert ledger.gate.client.get(ledger.gate.keys.kept("b", 0)) == b"a large one"
+    says(ledger, 3 * LEASE + 60, jobs("B", 6, 0, entries=[ended(0, answer.jobs[0].attempt - T0)]))
+    assert not ledger.gate.client.keys("*kept*") and not ledger.gate.client.keys("*saved")
+
+
+def test_a_run_that_is_kept_and_ends_in_one_call_leaves_nothing_behind(ledger: Ledger) -> None:
+    put(ledger, 0, 1)
+    says(ledger, 0, jobs("A", 1, 1))
+    says(ledger, 2, jobs("A", 2, 0, held=1, entries=[ended(0, 1, "keep", ""), ended(0, 1, "save", b"x")]))
+    says(ledger, 3, jobs("A", 3, 0, entries=[ended(0, 1, "keep", ""), ended(0, 1)]))
+    assert not ledger.gate.client.keys("*queue*") and not ledger.gate.client.keys("arq:*")
 
 
 def test_batches_interleave_by_weight_and_each_stays_in_order(ledger: Ledger) -> None:
