@@ -805,7 +805,7 @@ class Pump:
         """Take over an answer; returns the runs that were lost to another attempt."""
         self.unknown = answer.status == 1
         kept = {e.job for e in call.entries if e.what == "keep"}
-        lost = [job for job in answer.refused if job in kept and job in self.runs]
+        lost = sorted({job for job in answer.refused if job in kept and job in self.runs})
         for job in lost:
             del self.runs[job]
         self.birth, self.started, self.cut = answer.birth, answer.started, answer.cut

@@ -24,7 +24,7 @@ from limiter.sync import Call, Grant
 
 SOAK = os.environ.get("POCKETFLEET_SOAK") == "1"
 FIRST = int(os.environ.get("POCKETFLEET_SEED", "1"))
-SCHEDULES = {"fakeredis": 2, "valkey": 15, "redis": 15}
+SCHEDULES = {"fakeredis": 2, "valkey": 25, "redis": 25}
 FLEETS = {"fakeredis": 3, "valkey": 25, "redis": 25}
 MORE = 60 if SOAK else 1
 STEPS = 250
