@@ -306,22 +306,24 @@ class Pump:
             except (RedisError, OSError) as error:
                 if isinstance(error, ResponseError) and str(error).startswith("NOLIMITS"):
                     raise _NoValues from None
-                if isinstance(error, ResponseError) and may_be_poison(error):
-                    await self._repair(call)
-                self._process.trouble(error)
+                if not await self._repair(call, error):
+                    self._process.trouble(error)
             await asyncio.sleep(pause_s)
             pause_s = min(1.0, pause_s * 2)
 
-    async def _repair(self, call: Call) -> None:
-        """A script met what it cannot read: have it mended, and say so once."""
+    async def _repair(self, call: Call, error: Exception) -> bool:
+        """If the script met what it cannot read: have it mended, and say so once."""
+        if not isinstance(error, ResponseError) or not may_be_poison(error):
+            return False
         batches = {entry.job.rpartition(":")[0].partition("}:")[2] for entry in call.entries}
         try:
             change = await repair(self._process.client, self.name, self._process.id, call.flows, batches)
-        except (RedisError, OSError) as error:
-            log.debug("gate.not_repaired limit=%s error=%s", self.name, error)
-            return
+        except (RedisError, OSError) as fault:
+            log.debug("gate.not_repaired limit=%s error=%s", self.name, fault)
+            return False
         if change.repaired:
             log.warning("gate.repaired limit=%s what=%s", self.name, change.repaired)
+        return bool(change.repaired)
 
     def _forget(self, call: Call) -> None:
         """The gate has no values and noted nothing: fail who waits, unless values were brought meanwhile."""

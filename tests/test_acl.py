@@ -39,7 +39,8 @@ def test_a_user_with_the_readmes_rights_runs_a_fleet() -> None:
         as_user = f"unix://pocketfleet:secret@{path}"
         run = site.pocketfleet("run", "users:flow", "--workers", "1", POCKETFLEET_REDIS_URL=as_user)
         assert run.code() == 0, run.output()
-        for words in (["limits", "show"], ["workers"]):
+        operator = [["limits", act, "users:flow"] for act in ("pause", "resume", "holders", "doctor")]
+        for words in (["limits", "show"], ["workers"], *operator):
             shown = site.pocketfleet(*words, POCKETFLEET_REDIS_URL=as_user)
             assert shown.code() == 0, shown.output()
         arq = site.arq("users:flow", "--burst", POCKETFLEET_REDIS_URL=as_user)

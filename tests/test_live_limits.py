@@ -149,6 +149,23 @@ def test_a_pause_of_a_limit_that_nobody_uses_waits_for_the_first_process(site: S
     until(lambda: site.ledger.count("end") == 10)
 
 
+def test_an_idle_worker_says_the_pause_again_after_redis_lost_its_data(site: Site) -> None:
+    site.env["POCKETFLEET_LEASE_S"] = "1"
+    site.pocketfleet("worker", "users:flow")
+    until(lambda: "users.flow" in told(site, "show"))
+    told(site, "pause users:flow --by ana")
+    time.sleep(1)
+    with site.client() as client:
+        client.flushall()
+        until(lambda: client.exists("pocketfleet:{users.flow}:override"), timeout_s=10)
+    site.enqueue("users:flow", ITEMS[:3])
+    time.sleep(2)
+    assert site.ledger.count("start") == 0
+    assert "paused by ana until resumed" in told(site, "doctor users:flow")
+    told(site, "resume users:flow")
+    until(lambda: site.ledger.count("end") == 3)
+
+
 def test_two_versions_warn_once_each_and_do_not_flap(site: Site) -> None:
     old = site.pocketfleet("worker", "users:flow")
     until(lambda: "users.flow" in told(site, "show"))
