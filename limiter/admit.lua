@@ -213,8 +213,9 @@ end
 
 -- Who was refused by the gate waits by ticket; who got part of it, at the tail.
 local function queue_up()
-  record.want = call.permits - gate.permits
+  local left = call.permits - gate.permits
+  record.want = gate.more and 0 or left -- one that was refused jobs too must call: a grant would not be all
   if not gate.refuses then return drop_ticket(me, record) end
   if gate.given > 0 or record.kind == '-' then take_ticket(me) end
-  set_kind(record, record.want > 0 and 'p' or 'j')
+  set_kind(record, left > 0 and 'p' or 'j')
 end

@@ -77,7 +77,7 @@ local function read_record(text)
   return {
     number = tonumber(n), held = tonumber(held), seq = tonumber(seq), extended = extended == '1',
     kind = kind, idle = idle == '1', flows = tonumber(flows), ends = tonumber(ends),
-    want = tonumber(want), -- permits it still waits for, as far as it has said
+    want = tonumber(want), -- permits it may be granted in its wake message
     since = tonumber(since), -- when what it holds last changed, us
   }
 end

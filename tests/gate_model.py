@@ -573,7 +573,8 @@ class Ledger:
             assert taken_all == could, f"nobody else waits, and {taken_all} of {could} were given"
         left = len(line) > taken
         member.waits = answer.permits < wanted_permits or (left and taken < wanted_jobs)
-        member.wanted = call.permits - answer.permits
+        # one that was refused jobs as well has to call for them: permits alone would not do
+        member.wanted = 0 if left and wanted_jobs else call.permits - answer.permits
         member.idle = flows if not left and len(answer.jobs) < wanted_jobs and not call.leave else ()
         member.held += given
         self.counts["grants"] += given

@@ -146,7 +146,7 @@ def test_runs_of_a_killed_worker_are_run_again_within_a_lease(site: Site) -> Non
     assert sorted(each.item for each in again) == ["0", "1", "2", "3", "4"]
     assert max(each.at for each in again) - killed_at < LEASE_S + 1.5
     assert site.ledger.peak({doomed.pid: killed_at}) == 5
-    assert [each.outcome.attempts for each in ended] == [{"deaths": 1}] * 5
+    assert [each.outcome.attempts for each in ended] == [{"tries": 1, "deaths": 1}] * 5
     assert {each.outcome.status for each in ended} == {"completed"}
 
 
