@@ -21,6 +21,8 @@ from limiter.keys import GateKeys
 
 FACTORS = {1: 8.0, 4: 15.0, 8: 30.0}
 COMMANDS, FLATNESS, CALLS = 7.0, 1.05, 0.25
+KEPT, KEPT_AT = 0.6, (1, 4)
+"""What flows of two nodes keep of their rate when each is saved after its first node, with so many workers."""
 SENT = ("evalsha", "eval", "fcall", "get", "ping", "subscribe", "script|load")
 
 
@@ -43,6 +45,9 @@ def measure(bench: Bench) -> Result:
             bench.say(f"no-op flows, {workers} workers, repetition {number + 1}")
             cells.setdefault(("arq", workers), []).append(_arq(bench, workers, bench.size(5_000, 1_000)))
             for flow in ("noop", "level5") if workers in (1, 8) else ("noop",):
+                cell = _ours(bench, flow, workers, bench.size(20_000, 5_000))
+                cells.setdefault((flow, workers), []).append(cell)
+            for flow in ("unsaved", "saved") if workers in KEPT_AT else ():
                 cell = _ours(bench, flow, workers, bench.size(20_000, 5_000))
                 cells.setdefault((flow, workers), []).append(cell)
     return Result("noop_flows", _rows(cells), _charts(cells))
@@ -82,6 +87,7 @@ def _timed(bench: Bench, line: StartingLine, workers: int, queue: str, count: in
 
 def _rows(cells: Cells) -> list[Row]:
     rows = [_rate_row(cells, workers, factor) for workers, factor in FACTORS.items()]
+    rows += [_kept_row(cells, workers) for workers in KEPT_AT]
     rows += [_commands_row(cells, workers) for workers in FACTORS]
     rows.append(
         Row(
@@ -119,6 +125,16 @@ def _rate_row(cells: Cells, workers: int, factor: float) -> Row:
         _sample(cells, "arq", workers, "rate", "/s"),
         "tuned arq, no limits",
         Goal(">=", factor),
+    )
+
+
+def _kept_row(cells: Cells, workers: int) -> Row:
+    return Row(
+        f"two-node no-op flows with checkpoints, {_workers(workers)}",
+        _sample(cells, "saved", workers, "rate", "/s"),
+        _sample(cells, "unsaved", workers, "rate", "/s"),
+        "the same without",
+        Goal(">=", KEPT),
     )
 
 

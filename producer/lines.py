@@ -15,7 +15,7 @@ from worker.difference import changed
 
 
 class LineFile:
-    """Writes outcomes as they come: index, params, status, action, changed, error, attempts, nodes, host."""
+    """Writes outcomes as they come: index, params, status, action, changed, error, attempts, notes, nodes, host."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -62,6 +62,7 @@ def line_of(ended: Ended, params: dict[str, Any]) -> bytes:
         "changed": changed(outcome.difference or {}),
         "error": outcome.failure,
         "left_behind": outcome.left_behind,
+        "notes": outcome.notes,
         "attempts": outcome.attempts,
         "nodes": outcome.nodes,
         "host": outcome.host,

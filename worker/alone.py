@@ -8,12 +8,7 @@ a host that is lost takes both. So only such a death counts towards quarantine.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-import signal
-import socket
-import sys
 import time
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -23,8 +18,8 @@ import msgspec
 from limiter.keys import GateKeys
 from limiter.sync import Claimed, Entry
 from worker.checkpoint import Checkpoint, encode_checkpoint, read_checkpoint
+from worker.children import Child
 from worker.contract import QUARANTINED, Failure, Outcome, decode_job, encode_outcome
-from worker.frames import Frames
 from worker.keeping import BESIDE
 from worker.record import fetch, save_entry, settle, store_beside
 from worker.registry import ServedFlow
@@ -37,139 +32,12 @@ log = logging.getLogger("pocketfleet.worker")
 
 AFTER_DEATHS = 2
 """A run is alone once so many processes have died under it."""
-MOST = 2
-"""Such processes of one worker at a time."""
-PUT_OFF_S, IDLE_S, START_S, END_S = 1.0, 30.0, 60.0, 3.0
+PUT_OFF_S = 1.0
+"""Until a process is ready for it a run waits in its place."""
 HAND_OVER_S = 4.0
 """A run that is handed back may take that long to leave."""
 SETTLE_S = 0.2
 """Whoever kills a whole host kills us within that time too: then nothing is recorded."""
-
-
-class Child:
-    """A process in which one run can be alone."""
-
-    def __init__(self, served: ServedFlow) -> None:
-        self.served = served
-        self.since = monotonic()
-        self.ready = False
-        self._process: asyncio.subprocess.Process | None = None
-        self._frames: Frames | None = None
-
-    async def start(self) -> None:
-        """Start it, and wait until it could run. Raises OSError or TimeoutError if it cannot."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "worker.alone_child", str(theirs.fileno())),
-                *(self.served.target, repr(self.served.limits.lease_s)),
-                stdin=asyncio.subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-        self._frames = Frames(*await asyncio.open_connection(sock=ours, limit=2**20))
-        async with asyncio.timeout(START_S):
-            if await self._frames.receive() != ["ready"]:
-                raise OSError(f"it ended with {await self.ended()} before it could run anything")
-        self.ready = True
-
-    @property
-    def frames(self) -> Frames:
-        assert self._frames is not None
-        return self._frames
-
-    def alive(self) -> bool:
-        return self.ready and self._process is not None and self._process.returncode is None
-
-    async def ended(self) -> str:
-        """Wait for its end, and say what it was.
-
-        `exit code 3`, or `signal 11 (SIGSEGV)`.
-        """
-        assert self._process is not None
-        code = await self._process.wait()
-        if code >= 0:
-            return f"exit code {code}"
-        with contextlib.suppress(ValueError):
-            return f"signal {-code} ({signal.Signals(-code).name})"
-        return f"signal {-code}"
-
-    def kill(self) -> None:
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-        if self._frames is not None:
-            self._frames.close()
-
-
-class Children:
-    """The processes of one worker in which runs can be alone: at most `MOST`, started when they are needed."""
-
-    def __init__(self) -> None:
-        self._all: set[Child] = set()
-        self._spare: dict[str, Child] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._cannot: set[str] = set()
-
-    def can(self, flow: str) -> bool:
-        """Whether runs of a flow can be alone; not if its process could not start."""
-        return flow not in self._cannot
-
-    def take(self, served: ServedFlow) -> Child | None:
-        """A process that is ready, for one run; None if none is yet."""
-        spare = self._spare.get(served.name)
-        if spare is not None and spare.alive():
-            del self._spare[served.name]
-            return spare
-        if spare is None and len(self._all) < MOST:
-            child = self._spare[served.name] = Child(served)
-            self._all.add(child)
-            task = asyncio.get_running_loop().create_task(self._start(child))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        elif spare is not None and spare.ready:
-            self.give_up(spare)
-        return None
-
-    def let_end(self, child: Child) -> None:
-        """Its run is over: it may close what it has open."""
-        task = asyncio.get_running_loop().create_task(self._ending(child))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _ending(self, child: Child) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(END_S):
-                await child.ended()
-        self.give_up(child)
-
-    def give_up(self, child: Child) -> None:
-        """Kill it, if it still lives."""
-        child.kill()
-        self._all.discard(child)
-        if self._spare.get(child.served.name) is child:
-            del self._spare[child.served.name]
-
-    async def _start(self, child: Child) -> None:
-        name = child.served.name
-        try:
-            await child.start()
-        except (OSError, TimeoutError) as error:
-            self._cannot.add(name)
-            self.give_up(child)
-            log.error("alone.cannot_start flow=%s: %s; its suspects run among the others", name, error)
-            return
-        await asyncio.sleep(IDLE_S)
-        if self._spare.get(name) is child:
-            self.give_up(child)
-
-    def end(self) -> None:
-        """Kill all of them: whatever ran there has been handed back."""
-        for task in self._tasks:
-            task.cancel()
-        for child in list(self._all):
-            self.give_up(child)
 
 
 def run_of(crew: Crew, claimed: Claimed, start_by: float, stamp: int) -> Run:

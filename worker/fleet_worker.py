@@ -9,7 +9,7 @@ from typing import Any
 
 from limiter.keys import GateKeys
 from limiter.process import Process
-from worker.alone import Children
+from worker.children import Children
 from worker.contained import contained_tasks
 from worker.crew import SLICE, Crew
 from worker.presence import Presence
