@@ -66,6 +66,8 @@ def begin(node: Any, shared: dict[str, Any]) -> Any:
     note(node, shared, "prep")
     if node.spec.writes_params:
         node.params["written_by"] = node.place
+    if node.spec.graph and "Batch" not in node.spec.kind:
+        return {"prepared": node.place}
     if "Batch" not in node.spec.kind:
         return (shared, 0)
     if "Flow" in node.spec.kind:
@@ -90,8 +92,8 @@ def fall_back(node: Any, prepared: Any, error: Exception) -> Any:
     raise error
 
 
-def finish(node: Any, shared: dict[str, Any], result: Any) -> Any:
-    note(node, shared, "post", result)
+def finish(node: Any, shared: dict[str, Any], prepared: Any, result: Any) -> Any:
+    note(node, shared, "post", result, *([prepared] if node.spec.graph else []))
     visit = shared["visits"].get(node.place, 0)
     shared["visits"][node.place] = visit + 1
     return node.spec.actions[visit % len(node.spec.actions)]
@@ -119,7 +121,7 @@ class SyncParts:
         return fall_back(self, prepared, error)
 
     def post(self, shared: Any, prepared: Any, result: Any) -> Any:
-        return finish(self, shared, result)
+        return finish(self, shared, prepared, result)
 
 
 class AsyncParts:
@@ -134,7 +136,7 @@ class AsyncParts:
         return fall_back(self, prepared, error)
 
     async def post_async(self, shared: Any, prepared: Any, result: Any) -> Any:
-        return finish(self, shared, result)
+        return finish(self, shared, prepared, result)
 
 
 class OwnOrch:
