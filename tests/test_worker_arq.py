@@ -163,7 +163,7 @@ def test_a_second_sigterm_hands_back_at_once(site: Site) -> None:
     assert site.ledger.items("left") == {str(n): 1 for n in range(5)}
     assert site.arq(TARGET, "--burst").code() == 0
     assert site.ledger.items("end") == {str(n): 1 for n in range(5)}
-    assert [each.outcome.attempts for each in site.ended(TARGET, 5)] == [{"hand_backs": 1}] * 5
+    assert [each.outcome.attempts for each in site.ended(TARGET, 5)] == [{"tries": 1, "hand_backs": 1}] * 5
     assert site.ledger.peak() == 5
     assert "Traceback" not in worker.output()
 
