@@ -18,7 +18,7 @@ from benchmarks.bench import Bench
 from benchmarks.plot import draw
 from benchmarks.report import Result, markdown, show
 
-NAMES = ("seed_table", "noop_flows", "handoff", "dispatch", "idle", "permits", "enqueue")
+NAMES = ("seed_table", "noop_flows", "handoff", "dispatch", "idle", "permits", "enqueue", "adaptive")
 
 
 def main() -> None:

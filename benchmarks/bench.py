@@ -56,14 +56,21 @@ class Bench:
 
     # --- processes ---------------------------------------------------------------------------------
 
-    def ask(self, module: str, *args: object, python: Path | None = None, timeout_s: float = 300.0) -> Any:
+    def ask(
+        self,
+        module: str,
+        *args: object,
+        python: Path | None = None,
+        timeout_s: float = 300.0,
+        env: dict[str, str] | None = None,
+    ) -> Any:
         """Run a module of ours to its end; returns the JSON it prints last."""
         with (self.home / f"{module}.err").open("w") as errors:
             done = subprocess.run(
                 self._command(module, args, python),
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=self.environment(),
+                env=self.environment() | (env or {}),
                 cwd=self.home,
                 timeout=timeout_s,
             )

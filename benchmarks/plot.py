@@ -31,7 +31,7 @@ def _picture(pyplot: Any, charts: list[Chart], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(charts), figsize=(6 * len(charts), 4), squeeze=False)
     for chart, axis in zip(charts, axes[0], strict=True):
         axis.set(title=chart.title, xlabel=chart.x, ylabel=chart.y, yscale="log" if chart.log_y else "linear")
-        {"line": _lines, "spread": _spread, "bar": _bars}[chart.kind](axis, chart)
+        {"line": _lines, "spread": _spread, "bar": _bars, "trace": _traces}[chart.kind](axis, chart)
         axis.grid(visible=True, axis="y", alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -43,6 +43,18 @@ def _lines(axis: Any, chart: Chart) -> None:
         axis.plot(*zip(*points, strict=True), marker="o", label=name)
     if not chart.log_y:
         axis.set_ylim(bottom=0)
+    axis.legend()
+
+
+def _traces(axis: Any, chart: Chart) -> None:
+    """Values that hold until the next one; single events, all at 0, as marks on the ground."""
+    for name, points in chart.series.items():
+        times, values = zip(*points, strict=True) if points else ((), ())
+        if any(values):
+            axis.step(times, values, where="post", linewidth=1, label=name)
+        else:
+            axis.plot(times, values, "r|", markersize=12, label=f"{name} ({len(points)})")
+    axis.set_ylim(bottom=-2)
     axis.legend()
 
 

@@ -109,7 +109,8 @@ class Chart:
     """What a plot shows: per name a line of points, or, for "spread", all the values.
 
     Attributes:
-        kind: "line" (x and y of each point), "spread" (how the values are spread, sorted) or "bar".
+        kind: "line" (x and y of each point), "trace" (the same, each value holding until the next; a series
+            that is 0 throughout is one of events), "spread" (how the values are spread, sorted) or "bar".
     """
 
     title: str

@@ -53,7 +53,10 @@ local GRACE = 200000 -- us a woken head may stay silent before it goes to the ta
 --   touched     when the lifetimes were last renewed, us
 --   flows       number of flows served
 --   config_from start of the process whose limits are in force, us
---   steep       below it an additive level grows by one per success (TCP's slow start)
+--   bound       whole level at which the last cut fell; 0 = none known
+--   rounds      levels' worths of successes since the last cut, a float
+--   streak      cuts since the last success
+--   halt        us for which the fleet last halted of itself; 0 = not since the last success
 --   admitted    when a run was last admitted, us
 --   told        when a cut or a recovery was last told, us
 --   sampled     when the last sample was taken, us, and peak, the most slots in use since then
@@ -96,13 +99,15 @@ local function write_state(s)
   return string.format('{"gen":%d,"cold":%d,"last":%d,"attempt":%d,"place":%d,"processes":%d,"in_use":%d,'
     .. '"active":%d,"waiting":%d,"callers":%d,"behind":%d,"ticket":%d,"level":%.17g,"ceiling":%d,"cut":%d,'
     .. '"oks":%d,"quiet":%d,"pause":%d,"slack":%d,"slack_at":%d,"due":%d,"reap_at":%d,"woken_due":%d,'
-    .. '"touched":%d,"flows":%d,"config_from":%d,"steep":%.17g,"admitted":%d,"told":%d,'
+    .. '"touched":%d,"flows":%d,"config_from":%d,"bound":%d,"rounds":%.17g,"streak":%d,'
+    .. '"halt":%d,"admitted":%d,"told":%d,'
     .. '"sampled":%d,"peak":%d,"max":%d,"min":%d,"initial":%d,"rate":%d,'
     .. '"window":%d,"lease":%d,"backoff":%.17g,"threshold":%d,"factor":%.17g,"additive":%d}',
     s.gen, s.cold, s.last, s.attempt, s.place, s.processes, s.in_use,
     s.active, s.waiting, s.callers, s.behind, s.ticket, s.level, s.ceiling, s.cut,
     s.oks, s.quiet, s.pause, s.slack, s.slack_at, s.due, s.reap_at, s.woken_due,
-    s.touched, s.flows, s.config_from, s.steep, s.admitted, s.told,
+    s.touched, s.flows, s.config_from, s.bound, s.rounds, s.streak,
+    s.halt, s.admitted, s.told,
     s.sampled, s.peak, s.max, s.min, s.initial, s.rate,
     s.window, s.lease, s.backoff, s.threshold, s.factor, s.additive)
 end

@@ -55,12 +55,13 @@ local function rules()
     return math.max(math.min(state.min, ceiling), math.min(state.initial, ceiling))
   end
 
-  -- The level goes back to where it began; no start and no slot is forgotten. TCP's slow start may go up to
-  -- the level that an idle fleet last had.
+  -- The level goes back to where it began; no start and no slot is forgotten. What was refused
+  -- is: additive growth is steep until it is refused again.
   function rule.reset_level(state, now, why, who)
     local before = state.level
     state.level = rule.initial_level(state, state.ceiling)
-    state.oks, state.steep, state.told = 0, why == 'idle' and before or 0, now
+    state.oks, state.told = 0, now
+    state.bound, state.rounds, state.streak, state.halt = 0, 0, 0, 0
     redis.call('HSET', GATE, 'told_level', exact(state.level))
     if why ~= 'idle' or before ~= state.level then
       event(now, 'reset', why, exact(before), exact(state.level), who)

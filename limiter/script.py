@@ -12,7 +12,7 @@ from redis.commands.core import AsyncScript, Script
 PARTS = {
     "sync.lua": (
         *("gate.lua", "override.lua", "heal.lua"),
-        *("call.lua", "trail.lua", "settle.lua", "admit.lua", "wake.lua"),
+        *("call.lua", "trail.lua", "level.lua", "settle.lua", "admit.lua", "wake.lua"),
     ),
     "control.lua": ("gate.lua", "override.lua", "heal.lua"),
 }

@@ -1,5 +1,4 @@
--- settle: what the call says has ended, was refused or goes back, and what that does to the level.
--- Part of sync.lua.
+-- settle: what the call says has ended, was refused or goes back. Part of sync.lua.
 
 local ENDED = { completed = true, failed = true, aborted = true, quarantined = true, lost = true }
 
@@ -240,49 +239,6 @@ local function settle_entries()
   write_changes()
   close_batches()
   return refused
-end
-
--- Growth by threshold: after enough successes by a factor, and by one at least, so that 1 comes back.
--- Additive growth is TCP's: one per success up to where the last cut ended, then one per level's worth.
-local function grow(ceiling)
-  local level, successes = state.level, call.successes
-  if state.additive == 1 then
-    local steep = state.steep > 0 and state.steep or ceiling
-    level = level < steep and math.min(steep, level + successes) or level + successes / level
-  else
-    state.oks = state.oks + successes
-    if state.oks < state.threshold then return end
-    level = math.max(level + 1, level * state.factor)
-    state.oks = 0
-  end
-  level = math.min(ceiling, level)
-  if level >= ceiling or now - state.told >= CLIMB then trail().recovery(level, ceiling) end
-  state.level = level
-end
-
--- One cut per episode: only a run admitted after the last cut can cut again, or, after 30 s in which
--- none of those ended, any. Growth only while the level is what holds the fleet back.
-local function adapt(in_use_before)
-  local ceiling = gate.max
-  if call.pause > 0 then
-    trail().pause(call.pause)
-    state.pause = math.max(state.pause, now + call.pause)
-  end
-  local floor = math.min(state.min, ceiling)
-  if call.reset then
-    rules().reset_level(state, now, 'asked for', me)
-  elseif in_use_before == 0 and state.admitted > 0 and now - state.admitted >= math.max(IDLE, state.window) then
-    rules().reset_level(state, now, 'idle', me)
-  end
-  if call.refused > 0 and (call.refused > state.cut or now - state.quiet > 30000000) then
-    local before = state.level
-    state.level = math.max(floor, state.level * state.backoff)
-    trail().cut(before)
-    state.cut, state.oks, state.quiet, state.steep = state.attempt, 0, now, state.level
-  elseif call.successes > 0 and call.counted_under == state.cut then
-    state.quiet = now
-    if in_use_before >= math.floor(state.level) and state.level < ceiling then grow(ceiling) end
-  end
 end
 
 -- The whole step: entries, slots, level.

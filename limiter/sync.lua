@@ -37,7 +37,7 @@
 -- A refusal burns no start and takes no slot; it may take a ticket.
 -- Cost: O(entries + jobs + log(processes) + log(queue)); nothing grows with workers or queue length.
 --
--- The steps are in call.lua (meet, reap, join), settle.lua, admit.lua and wake.lua; what the operator says
+-- The steps are in call.lua (meet, reap, join), settle.lua, level.lua, admit.lua and wake.lua; what the operator says
 -- is in override.lua, what mends a poisoned state in heal.lua, what is told in trail.lua.
 
 if record and call.seq < record.seq then return { '-1' } end

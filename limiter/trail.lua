@@ -25,10 +25,8 @@ local function trail()
   end
 
   -- Further refusals of one spell lengthen the pause; only its beginning is told.
-  function tell.pause(pause)
-    if now >= state.pause then
-      event(now, 'pause', 'asked for by the provider', '0', exact(pause / 1000000), me)
-    end
+  function tell.pause(pause, why)
+    if now >= state.pause then event(now, 'pause', why, '0', exact(pause / 1000000), me) end
   end
 
   -- 'time attempts peak level', the last 240 of them; attempts counts admissions. A lease that no clock could

@@ -249,6 +249,8 @@ class Ledger:
         self.limits: list[float] = []
         self.level = self.ceiling = 0.0
         self.cut = self.oks = self.quiet = self.pause = 0
+        self.known_bad = self.cuts_in_a_row = self.halted = 0
+        self.rounds = 0.0
         self.stamps: list[int] = []
         self.admitted = 0
         self.word = self.kept = ""
@@ -344,7 +346,7 @@ class Ledger:
             self.pause = min(self.pause, now)
         elif act == "reset":
             if self.birth:
-                self.level, self.oks = self._initial(), 0
+                self._reset_level()
             return
         told = reply[2].decode().split(" ")
         assert told[:3] == words, (act, told, words)
@@ -527,20 +529,55 @@ class Ledger:
     def _adapt(self, call: Call, in_use: int, now: int) -> None:
         if call.pause_us:
             self.pause = max(self.pause, now + call.pause_us)
-        _, bottom, _, _, _, _, backoff, threshold, factor, _ = self.limits
         top = float(self.top)
-        if call.reset or (not in_use and self.admitted and now - self.admitted >= max(IDLE_US, self.window)):
-            self.level, self.oks = self._initial(), 0
+        bottom = min(self.limits[1], top)
+        if not in_use and self.admitted and now - self.admitted >= max(IDLE_US, self.window):
+            self._reset_level()
         if call.refused and (call.refused > self.cut or now - self.quiet > 30_000_000):
-            self.level = max(min(bottom, top), self.level * backoff)
-            self.cut, self.oks, self.quiet = self.attempt, 0, now
-            self.counts["cuts"] += 1
+            self._cut(bottom, top, now)
         elif call.successes and call.counted_under == self.cut:
-            self.quiet = now
+            self.quiet, self.cuts_in_a_row, self.halted = now, 0, 0
             if in_use >= math.floor(self.level) and self.level < top:
-                self.oks += call.successes
-                if self.oks >= threshold:
-                    self.level, self.oks = min(top, max(self.level + 1, self.level * factor)), 0
+                self._grow(call.successes, top)
+        if call.reset:
+            self._reset_level()
+
+    def _reset_level(self) -> None:
+        self.level = self._initial()
+        self.oks = self.known_bad = self.cuts_in_a_row = self.halted = 0
+        self.rounds = 0.0
+
+    def _cut(self, bottom: float, top: float, now: int) -> None:
+        """Once per episode; each further one without a success between goes twice as deep, at most to half."""
+        backoff = self.limits[6]
+        deeper = backoff ** (2**self.cuts_in_a_row)
+        if self.cuts_in_a_row and bottom < top and self.level == bottom:
+            self.halted = min(max(2 * self.halted, 1_000_000), 16_000_000)
+            self.pause = max(self.pause, now + self.halted)
+        self.known_bad, self.rounds = math.floor(self.level), 0.0
+        self.level = max(bottom, self.level * max(deeper, min(0.5, backoff)))
+        self.cut, self.oks, self.quiet = self.attempt, 0, now
+        self.cuts_in_a_row = min(self.cuts_in_a_row + 1, 10)
+        self.counts["cuts"] += 1
+
+    def _grow(self, successes: int, top: float) -> None:
+        """By the rule of the limit, but not to what was refused before three rounds of successes came."""
+        _, _, _, _, _, _, _, threshold, factor, additive = self.limits
+        self.oks += successes
+        self.rounds += successes / self.level
+        wanted = self.level
+        if additive and self.level >= self.known_bad + 0.5:
+            wanted += successes
+        elif additive:
+            wanted += successes / self.level
+        elif self.oks >= threshold:
+            wanted = max(wanted + 1, wanted * factor)
+        if self.level < self.known_bad <= wanted:
+            wanted = float(self.known_bad)
+            if self.rounds < 3:
+                wanted = max(self.level, wanted - 0.01)
+        if wanted != self.level:
+            self.level, self.oks = min(top, wanted), 0
 
     def _return_stamps(self, call: Call, now: int) -> None:
         words = [int(word) for word in call.returned.split() if word.isdigit()]

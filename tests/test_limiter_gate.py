@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import redis
 from gate_model import GRACE_US, T0, Fleet, Gate, Ledger, Pump, gate_on, job_id, server_of
+from pytest import approx
 from servers import KINDS
 
 from limiter.limits import Limits
@@ -30,6 +31,10 @@ ADAPTIVE = Limits(
     backoff_factor=0.5,
     recovery_factor=1.2,
 )
+TWO = Limits("L", 2, min_concurrent=1, initial_concurrent=2, lease_s=30)
+GENTLE = Limits("L", 100, min_concurrent=1, initial_concurrent=100, backoff_factor=0.9)
+ADDING = Limits("L", 20, min_concurrent=1, initial_concurrent=4, additive=True)
+EAGER = Limits("L", 8, min_concurrent=1, initial_concurrent=8, recovery_threshold=4, recovery_factor=3)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -187,9 +192,48 @@ TABLES: dict[str, list[Row]] = {
         (1, ask("A", 2, ADAPTIVE, refused=T0 + 1, permits=1), {"level": 4, "attempt": T0 + 2}),
         (2, ask("A", 3, ADAPTIVE, refused=T0 + 2, permits=1), {"level": 2, "attempt": T0 + 3}),
         (3, ask("A", 4, ADAPTIVE, refused=T0 + 3, permits=1), {"level": 1, "attempt": T0 + 4}),
-        (4, ask("A", 5, ADAPTIVE, refused=T0 + 4, permits=1), {"level": 1, "attempt": T0 + 5}),
-        (5, ask("A", 6, ADAPTIVE, successes=2, counted_under=T0 + 4, permits=2), {"level": 2, "permits": 2}),
-        (6, ask("A", 7, ADAPTIVE, held=2, successes=2, counted_under=T0 + 4), {"level": 3}),
+        (4, ask("A", 5, ADAPTIVE, refused=T0 + 4, permits=1), {"level": 1, "permits": 0, "reason": "pause"}),
+        (1 * S + 4, ask("A", 6, ADAPTIVE, permits=1), {"level": 1, "permits": 1}),
+        (2 * S, ask("A", 7, ADAPTIVE, held=1, successes=3, counted_under=T0 + 4, permits=1), {"level": 2}),
+        (2 * S + 1, ask("A", 8, ADAPTIVE, held=2, successes=2, counted_under=T0 + 4), {"level": 3}),
+    ],
+    "where_the_level_can_fall_no_further_the_fleet_halts_twice_as_long_each_time": [
+        (0, ask("A", 1, TWO, permits=2), {"permits": 2}),
+        (1, ask("A", 2, TWO, refused=T0 + 2, permits=1), {"level": 1, "permits": 1}),
+        (2, ask("A", 3, TWO, refused=T0 + 3, permits=1), {"permits": 0, "reason": "pause", "wait_s": 1.0}),
+        (1 * S + 2, ask("A", 4, TWO, permits=1), {"permits": 1}),
+        (1 * S + 3, ask("A", 5, TWO, refused=T0 + 4, permits=1), {"permits": 0, "wait_s": 2.0}),
+        (3 * S + 3, ask("A", 6, TWO, permits=1), {"permits": 1}),
+        (4 * S, ask("A", 7, TWO, held=0, successes=1, counted_under=T0 + 4, permits=1), {"permits": 1}),
+        (5 * S, ask("A", 8, TWO, refused=T0 + 6, permits=1), {"level": 1, "permits": 1, "reason": "-"}),
+    ],
+    "cuts_with_no_success_between_go_deeper_down_to_a_half": [
+        (0, ask("A", 1, GENTLE, permits=1), {"level": 100}),
+        (1, ask("A", 2, GENTLE, refused=T0 + 1, permits=1), {"level": 90}),
+        (2, ask("A", 3, GENTLE, refused=T0 + 2, permits=1), {"level": approx(72.9)}),
+        (3, ask("A", 4, GENTLE, refused=T0 + 3, permits=1), {"level": approx(47.82969)}),
+        (4, ask("A", 5, GENTLE, refused=T0 + 4, permits=1), {"level": approx(23.914845)}),
+        (5, ask("A", 6, GENTLE, successes=1, counted_under=T0 + 4, permits=1), {"permits": 1}),
+        (6, ask("A", 7, GENTLE, refused=T0 + 6, permits=1), {"level": approx(23.914845 * 0.9)}),
+    ],
+    "additive_is_steep_until_refused_then_one_per_level_and_steep_again_past_the_bound": [
+        (0, ask("A", 1, ADDING, permits=4), {"level": 4, "permits": 4}),
+        (1, ask("A", 2, ADDING, held=0, successes=4, permits=8), {"level": 8, "permits": 8}),
+        (2, ask("A", 3, ADDING, held=0, refused=T0 + 12, permits=4), {"level": 4, "permits": 4}),
+        (3, ask("A", 4, ADDING, held=4, successes=4, counted_under=T0 + 12, permits=1), {"level": 5}),
+        (4, ask("A", 5, ADDING, held=5, successes=10, counted_under=T0 + 12, permits=2), {"level": 7}),
+        (5, ask("A", 6, ADDING, held=7, successes=7, counted_under=T0 + 12, permits=1), {"level": 8}),
+        (6, ask("A", 7, ADDING, held=8, successes=8, counted_under=T0 + 12, permits=1), {"level": 9}),
+        (7, ask("A", 8, ADDING, held=9, successes=6, counted_under=T0 + 12), {"level": 15}),
+    ],
+    "what_was_refused_is_tried_again_after_three_levels_of_successes": [
+        (0, ask("A", 1, EAGER, permits=8), {"level": 8}),
+        (1, ask("A", 2, EAGER, held=0, refused=T0 + 8, permits=4), {"level": 4, "permits": 4}),
+        (2, ask("A", 3, EAGER, held=4, successes=4, counted_under=T0 + 8), {"level": approx(7.99)}),
+        (3, ask("A", 4, EAGER, held=4, successes=9, counted_under=T0 + 8), {"level": approx(7.99)}),
+        (4, ask("A", 5, EAGER, held=4, permits=3), {"permits": 3}),
+        (5, ask("A", 6, EAGER, held=7, successes=8, counted_under=T0 + 8), {"level": approx(7.99)}),
+        (6, ask("A", 7, EAGER, held=7, successes=8, counted_under=T0 + 8), {"level": 8}),
     ],
     "a_gate_that_lost_its_data_holds_for_a_lease": [
         (0, ask("A", 1, permits=1, birth=T0 - 9), {"permits": 0, "reason": "cold", "wait_s": 5.0}),

@@ -43,6 +43,7 @@ SHAPES = [
     Limits("L", 1, 4, window_s=2, lease_s=3),
     Limits("L", 6, 20, min_concurrent=1, initial_concurrent=2, recovery_threshold=2, window_s=5, lease_s=3),
     Limits("L", 8, None, min_concurrent=1, recovery_threshold=3, lease_s=6),
+    Limits("L", 6, min_concurrent=3, initial_concurrent=3, backoff_factor=0.9, additive=True, lease_s=3),
 ]
 
 CROWDED = SHAPES + [

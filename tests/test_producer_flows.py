@@ -208,4 +208,6 @@ def test_presets_are_keywords_of_the_flow_classes() -> None:
         "ADAPTIVE_CONSERVATIVE",
         "ADAPTIVE_MODERATE",
         "ADAPTIVE_AGGRESSIVE",
+        "ADAPTIVE_GENTLE",
     ]
+    assert Adaptive(**FlowPresets.ADAPTIVE_GENTLE).recovery == "additive"
