@@ -109,7 +109,8 @@ class Adaptive(RuleBasedStateMachine):
         held = len(self.held[name])
         answer = self.send(name, reset=True)
         assert answer.level == max(self.limits.floor, min(self.limits.start, self.limits.max_concurrent))
-        assert answer.in_use - answer.permits == others + held, "a reset forgot a slot"
+        given = answer.permits + sum(grant.count for _, grant in self.pushed)
+        assert answer.in_use - given == others + held, "a reset forgot a slot"
 
     @rule(name=names)
     def heartbeat(self, name: str) -> None:
@@ -157,11 +158,14 @@ class Adaptive(RuleBasedStateMachine):
         call.reset = reset
         raw: Any = self.gate.sync(call, self.now)
         answer = self.ledger.sync(call, self.now, raw)
+        self.pushed, self.ledger.pushed = self.ledger.pushed, []
         self.judge_level(call, answer, in_use)
         self.judge_pause(call, answer)
         pump.hear(call, answer)
-        first = answer.attempt - answer.permits + 1
-        self.held[name] += range(first, first + answer.permits)
+        self.held[name] += range(answer.attempt - answer.permits + 1, answer.attempt + 1)
+        for other, grant in self.pushed:
+            if self.pumps[other].take(grant):
+                self.held[other] += range(grant.attempt - grant.count + 1, grant.attempt + 1)
         assert answer.in_use == sum(member.held for member in self.ledger.members.values())
         return answer
 
@@ -195,7 +199,7 @@ class Adaptive(RuleBasedStateMachine):
         if call.pause_us:
             self.paused_until = max(self.paused_until, self.now + call.pause_us)
         if self.now < self.paused_until:
-            assert answer.permits == 0, "admitted during a pause"
+            assert answer.permits == 0 and not self.pushed, "admitted during a pause"
         halted = self.ledger.pause
         assert halted - self.now <= 20 * S, "a pause nobody asked for, longer than the longest"
         self.paused_until = max(self.paused_until, halted)
