@@ -6,7 +6,7 @@ Known by type and status, never by searching a text. No SDK is imported: classes
 | --- | --- |
 | `RateLimitHit` | raised by the user's own code |
 | status 429 | as a number in the error's own, or its response's, `status_code`, `status` or `code` |
-| status 503 | with a `Retry-After` that can be read |
+| status 503 | with a `Retry-After` that can be read; without one only with `overloaded=True` |
 | status 529 | "overloaded", only with `overloaded=True` |
 | `openai.RateLimitError`, `anthropic.RateLimitError` | and what derives from them |
 | refused inside a stream | openai's code `rate_limit_exceeded`, anthropic's type `rate_limit_error` |
@@ -79,7 +79,7 @@ def recognised(
     or was raised `from` something else.
 
     Args:
-        overloaded: whether status 529 counts.
+        overloaded: whether status 529 counts, and 503 without a `Retry-After`.
         hook: the user's own rule; one that raises is logged and counts as None.
         now: seconds since 1970, for hints that are dates; None reads this host's clock.
     """
@@ -121,7 +121,7 @@ def _decided(links: list[Exception], overloaded: bool, hook: Hook | None, now: f
 def _is_refusal(link: Exception, kinds: set[tuple[str, str]], overloaded: bool, now: float) -> bool:
     for holder in holders(link):
         status = status_of(holder)
-        if status == TOO_MANY or (status == OVERLOADED and overloaded):
+        if status == TOO_MANY or (overloaded and status in (UNAVAILABLE, OVERLOADED)):
             return True
         if status == UNAVAILABLE and retry_after_s(link, now) is not None:
             return True

@@ -24,8 +24,12 @@ class AdaptiveThrottledBatchFlow(ThrottledAsyncParallelBatchFlow):
         backoff_factor: the level is multiplied by it, once per spell of refusals (0.01 to 1).
         recovery_threshold, recovery_factor: after so many successes the level grows by that factor,
             and by one at least.
-        recovery: "threshold" (that rule) or "additive" (TCP's: steep up to where the last cut ended,
-            then one more per level's worth of successes; gentler on an API whose bound is hard).
+        recovery: "threshold" (that rule) or "additive" (TCP's: one more per level's worth of successes;
+            steep until the first refusal, and again where the level gets past the last one).
+
+    The level at which the last cut fell is tried again after three levels' worth of successes. Cuts with no
+    success between them go deeper, down to a half. Where the level can fall no further the fleet halts, for
+    1 s, then twice as long each time up to 16 s, until a run succeeds. docs/backoff.md says when to use which.
     """
 
     initial_concurrent_flows: int = 5
@@ -92,7 +96,11 @@ class AdaptiveThrottledBatchFlow(ThrottledAsyncParallelBatchFlow):
 
     @property
     def stats(self) -> dict[str, Any]:
-        """Those of the fixed flow, and the level, successes since the last refusal, refusals."""
+        """Those of the fixed flow, and the level, successes since the last refusal, refusals.
+
+        After `run_on_fleet` they tell of the whole batch: the level as the fleet left it, every refusal of
+        its runs, and the runs completed since one that had been refused, in the order in which they ended.
+        """
         return {
             **super().stats,
             "current_concurrent_flows": self.current_concurrent_flows,

@@ -21,6 +21,7 @@ from limiter.errors import LimiterError
 from limiter.keys import GateKeys
 from limiter.process import open_process
 from limiter.settings import load
+from limiter.view import read_gate
 from producer.batch import as_async, encoded_base, enqueue, new_batch_id, write_spool
 from producer.debugger import one_prompt
 from producer.errors import ProducerError, WorkersError
@@ -73,6 +74,8 @@ class FleetRun:
     Attributes:
         users_part: `prep_async` or `post_async` once that raised, else ''.
         spool: the batch's, once it is written.
+        refusals: how often its runs were refused; successes: runs completed since one that was refused.
+        level: the fleet's level at the batch's end, None if it is not known.
     """
 
     def __init__(
@@ -104,7 +107,8 @@ class FleetRun:
             )
         self.logs = self.settings.data_dir / "logs" / self.batch
         self.users_part = ""
-        self.completed = self.failed = 0
+        self.completed = self.failed = self.refusals = self.successes = 0
+        self.level: int | None = None
         self.output = Path(output) if output else None
         self.spool: Spool | None = None
         self.conflict: Conflict | None = None
@@ -128,6 +132,7 @@ class FleetRun:
                 self.spool = await self._write_spool(items, where)
                 if self.spool.count:
                     await self._run(client, place, self.spool)
+                    self.level = await self._last_level(client)
         with self._users("post_async"):
             return await self._flow.post_async(self._shared, prepared, self.results)
 
@@ -213,6 +218,14 @@ class FleetRun:
         if others > 0:
             items = "1 item" if others == 1 else f"{others} items"
             say(f"{items} of earlier batches wait for {self.served.name}: these workers run them too")
+
+    async def _last_level(self, client: Redis) -> int | None:
+        """For the statistics only: a batch that is over does not fail for it."""
+        try:
+            gate = await read_gate(client, self.served.limits.name)
+        except RedisError:
+            return None
+        return int(gate.level) if gate else None
 
     # --- during ------------------------------------------------------------------------------------
 
@@ -330,6 +343,9 @@ class FleetRun:
         outcome = ended.outcome
         completed = outcome.status == COMPLETED
         progress.count(completed)
+        refusals = outcome.attempts.get("refusals", 0)
+        self.refusals += refusals
+        self.successes = (0 if refusals else self.successes) + completed
         self.completed, self.failed = progress.completed, progress.failed
         if completed:
             self.results[ended.index] = outcome.action

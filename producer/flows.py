@@ -15,6 +15,7 @@ from limiter.errors import LimitsError
 from limiter.limits import Limits, checked_count, checked_float, checked_name
 from limiter.process import current_process
 from limiter.pump import Pump
+from limiter.refusal import Hook
 from producer.errors import ProducerError
 from worker.contract import FOUND_NAME, limit_of
 from worker.registry import refuse_while_importing
@@ -36,6 +37,8 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
         refusal_patience_s: seconds for which a run may go on being refused before it fails (3600).
         retry_refused: with `run_async`, a run that the API refused waits and starts over instead of
             ending with that refusal as its result (on the fleet it always goes back and resumes).
+        overloaded: status 529, and 503 without a `Retry-After`, count as refusals too (False).
+        is_refusal: `is_refusal(error)` says what else is one, or is none; see below.
         inline_sync_nodes: run sync nodes on the event loop instead of in a thread of the run.
         checkpoint: on the fleet, save a run after each node, so that another worker goes on there (True).
         flow_timeout_s: on the fleet, seconds the nodes of one attempt may run before it fails; waiting for
@@ -44,6 +47,10 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
             "finish" (default) lets it end, "cancel" cancels it, for limits that must hold at any price.
         quarantine_after: how often its process may die under a run that is alone in it, before the run is
             quarantined (1). A run is alone after the second death of a process it shared.
+
+    `is_refusal`, a method or a keyword, is asked about each error that ends a node, then about what stands
+    behind it. A `RateLimitHit` (with its `retry_after`) or True: the API refused. False: it did not,
+    whatever the status says, and the run fails. None: the other rules decide.
 
     `await flow.run_async(shared)` runs the flows in this process; `await flow.run_on_fleet(shared)`
     has the fleet's workers run them. `flow.stats` tells the counts afterwards.
@@ -61,6 +68,8 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
     conflicts: str = "last"
     keep_result_s: float = 0
     refusal_patience_s: float = 3600
+    overloaded: bool = False
+    is_refusal: Hook | None = None
     inline_sync_nodes: bool = False
     checkpoint: bool = True
     flow_timeout_s: float | None = None
@@ -79,6 +88,8 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
         "conflicts",
         "keep_result_s",
         "refusal_patience_s",
+        "overloaded",
+        "is_refusal",
         "inline_sync_nodes",
         "checkpoint",
         "flow_timeout_s",
@@ -117,6 +128,19 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
                 raise LimitsError(text, key=key, value=value)
         if self.flow_timeout_s is not None:
             checked_float(self.flow_timeout_s, "flow_timeout_s", 0.001, 1e9)
+
+        if not isinstance(self.overloaded, bool):
+            raise LimitsError(
+                f"overloaded={self.overloaded!r} cannot hold: use True or False",
+                key="overloaded",
+                value=self.overloaded,
+            )
+        if self.is_refusal is not None and not callable(self.is_refusal):
+            raise LimitsError(
+                f"is_refusal={self.is_refusal!r} cannot hold: give a function of one error",
+                key="is_refusal",
+                value=self.is_refusal,
+            )
 
     # --- hooks -------------------------------------------------------------------------------------
 
@@ -177,7 +201,8 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
             return found
         kind = type(self)
         text = f"{kind.__module__}.{kind.__qualname__}"
-        values = repr([(key, repr(getattr(self, key))) for key in self._keywords])
+        given = [(key, getattr(self, key)) for key in self._keywords]
+        values = repr([(key, repr(value)) for key, value in given if not callable(value)])
         digest = hashlib.blake2b(values.encode(), digest_size=6).hexdigest()
         return re.sub(r"[^A-Za-z0-9_.-]", "_", text)[:100] + "." + digest
 
@@ -250,6 +275,9 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
             return await run.go()
         finally:
             self._completed, self._failed = run.completed, run.failed
+            self._rate_limits += run.refusals
+            self._successes = run.successes if run.refusals else self._successes + run.successes
+            self._level = run.level if run.level is not None else self._level
 
     @property
     def stats(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pocketflow import AsyncFlow
@@ -32,6 +33,7 @@ class LocalRun:
         self._flow = flow
         self._pump = pump
         self._shared = shared
+        self._recognise = partial(recognised, overloaded=flow.overloaded, hook=flow.is_refusal)
 
     async def go(self, prepared: list[dict[str, Any]]) -> list[Any]:
         """Results in input order: a run's last action, or its exception."""
@@ -61,7 +63,7 @@ class LocalRun:
         try:
             action = await self._walked(permit, params)
         except (Refused, Exception) as error:
-            hit = error.hit if isinstance(error, Refused) else recognised(error)
+            hit = error.hit if isinstance(error, Refused) else self._recognise(error)
             if hit is None:
                 raise
             self._pump.refuse(permit.attempt, hit.retry_after or 0.0)
@@ -86,6 +88,6 @@ class LocalRun:
                 self._pump.succeed(permit.attempt)
             begun = True
             if step.part == "node":
-                guard(step.node, recognise=recognised)
+                guard(step.node, recognise=self._recognise)
 
         return await walk(flow, params, self._shared, before_node=before_node, sync_runner=None, timings=[])

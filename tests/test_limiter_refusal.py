@@ -220,7 +220,10 @@ def test_what_only_looks_like_a_refusal_is_none(error: BaseException) -> None:
     assert recognised(error) is None
 
 
-@pytest.mark.parametrize("name", ["overloaded", "overloaded in a stream"])
+@pytest.mark.parametrize(
+    "name",
+    ["overloaded", "overloaded in a stream", "unavailable without Retry-After", "unavailable with nonsense"],
+)
 def test_overload_counts_where_asked_for(name: str) -> None:
     assert recognised(NO_REFUSALS[name], overloaded=True) is not None
 

@@ -11,6 +11,7 @@ from arq.constants import job_key_prefix
 
 from limiter.keys import GateKeys
 from limiter.limits import Limits, checked_name
+from limiter.refusal import Hook
 from worker import codec
 
 JOB_ID = re.compile(r"\{([A-Za-z0-9_.-]{1,128})\}:([A-Za-z0-9_.-]{1,128}):(\d{1,15})")
@@ -154,6 +155,7 @@ class FleetFlow(Protocol):
         on_lost_lease: "finish" lets the node that runs end, "cancel" cancels it, once the lease is lost.
         quarantine_after: how often its process may die under a run that is alone in it.
         local_keys: keys of the shared store that stay where they are: in no checkpoint either.
+        overloaded, is_refusal: what else counts as a refusal, as in `limiter.refusal.recognised`.
     """
 
     start_node: Any
@@ -166,6 +168,8 @@ class FleetFlow(Protocol):
     on_lost_lease: str
     quarantine_after: int
     local_keys: Iterable[str]
+    overloaded: bool
+    is_refusal: Hook | None
 
     def get_next_node(self, curr: Any, action: Any) -> Any: ...
 

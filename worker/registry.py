@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -19,8 +20,10 @@ from pocketflow import BaseNode, Flow
 
 from limiter.errors import LimitsError
 from limiter.limits import Limits
+from limiter.refusal import recognised
 from worker.contract import FOUND_NAME, FleetFlow
 from worker.errors import TargetError
+from worker.guard import Recognise
 
 OURS = ("pocketfleet", "worker", "limiter", "producer")
 HOME = Path(__file__).resolve().parent.parent
@@ -34,6 +37,11 @@ class ServedFlow:
     name: str
     limits: Limits
     flow: FleetFlow
+
+    @cached_property
+    def recognise(self) -> Recognise:
+        """Tells a refusal, as this flow wants it told."""
+        return partial(recognised, overloaded=self.flow.overloaded, hook=self.flow.is_refusal)
 
 
 def serve(targets: list[str], lease_s: float) -> list[ServedFlow]:

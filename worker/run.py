@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from limiter.refusal import recognised
 from limiter.sync import Claimed, Entry
 from worker.clock import Clock
 from worker.contract import COMPLETED, FAILED, Failure, Job, Outcome, decode_job, encode_outcome, split_job_id
@@ -60,6 +59,7 @@ class Run:
         "index",
         "keeping",
         "node",
+        "recognise",
         "served",
         "shared",
         "start_by",
@@ -150,6 +150,7 @@ class Run:
             corrupt = Outcome(FAILED, failure=failure, host=HOST, started=started, ended=started)
             settle(self, FAILED, encode_outcome(corrupt))
             return
+        self.recognise = served.recognise
         if len(self.crew.flows) > 1:
             self.flow_number = self.crew.flows.index(job.flow) + 1
             self.pump.of_flow(self.claimed.id, self.flow_number)
@@ -210,7 +211,7 @@ class Run:
                 return Outcome(FAILED, failure=self.clock.failure(self.node))
             if isinstance(error, LeftTask) and error.__cause__ is not None:
                 error = error.__cause__
-            hit = recognised(error)
+            hit = self.recognise(error)
             if hit is not None:
                 raise Refused(hit) from error
             # SystemExit and KeyboardInterrupt of user code end only this run
@@ -241,12 +242,12 @@ class Run:
             if first and resumed is not None and resumed.returned:
                 guard(
                     step.node,
-                    recognise=recognised,
+                    recognise=self.recognise,
                     returned=resumed.returned,
                     items_digest=resumed.items_digest,
                 )
             else:
-                guard(step.node, recognise=recognised)
+                guard(step.node, recognise=self.recognise)
         if self.clock is not None:
             self.clock.start()
 
