@@ -5,8 +5,9 @@ keeps the API exactly full, so its time is the work divided by the capacity, ste
 limit it is that of a client that starts as early as the limit and the ceiling allow. Ours is timed in
 the producer, from the start of the API's clock to the last outcome. Every item has to complete.
 
-One run of each: they last minutes, and a run is made of hundreds of decisions. The reference runs beside
-them where the environment variable BENCH_REFERENCE names the folder that holds its package.
+One run of each: they last minutes, and a run is made of hundreds of decisions; BENCH_CASES=0,2 makes only
+these of `CASES`. The reference runs beside them where BENCH_REFERENCE names the folder that holds its
+package.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 import redis
 
-from benchmarks.adaptive_flows import API, CEILING
+from benchmarks.adaptive_flows import API, CEILING, INITIAL
 from benchmarks.adaptive_reference import FOLDER
 from benchmarks.bench import Bench
 from benchmarks.report import Chart, Goal, Result, Row, Sample
@@ -79,17 +80,16 @@ class Run:
 def measure(bench: Bench) -> Result:
     scale = 0.2 if bench.quick else 1.0
     result = Result("adaptive")
-    asked = os.environ.get("BENCH_CASES")
-    for number, case in enumerate(CASES):
-        if asked is None or str(number) in asked.split(","):
-            _add(result, bench, case, scale)
+    asked = os.environ.get("BENCH_CASES", ",".join(map(str, range(len(CASES)))))
+    for number in asked.split(","):
+        _add(result, bench, CASES[int(number)], scale)
     if os.environ.get(FOLDER):
         _add_reference(result, bench, scale)
     else:
         result.notes.append(f"the reference was not measured: {FOLDER} names no folder with its package")
     result.notes.append(
         f"adaptive: one run each; capacity {', '.join(f'{most} from {second * scale:g} s' for second, most in STEPS)}"
-        f"; ceiling {CEILING}; {WORKERS} worker processes; oracle = the API kept exactly full"
+        f"; from {INITIAL} (the preset: 5) up to {CEILING}; {WORKERS} worker processes; oracle = the API kept exactly full"
     )
     return result
 
@@ -132,7 +132,7 @@ def oracle_s(case: Case, scale: float = 1.0) -> float:
     >>> oracle_s(Case("", "")), oracle_s(Case("", "", items=200, calls=10, call_s=3.0))
     (105.0, 205.0)
     >>> round(oracle_s(Case("", "", per_minute=1200)), 1)
-    73.5
+    73.0
     """
     if case.per_minute:
         return _earliest(case, 60.0 * scale, case.call_s * scale)

@@ -21,7 +21,7 @@ from pocketfleet import AdaptiveThrottledBatchFlow, FlowPresets
 API = "BENCH_API"
 """Where the API is."""
 
-CEILING = 64
+INITIAL, CEILING = 20, 64
 
 clients: list[httpx.AsyncClient] = []
 
@@ -37,7 +37,7 @@ class Ask(AsyncNode):  # type: ignore[type-arg]
 class Asking(AdaptiveThrottledBatchFlow):
     """Opens its client in each worker."""
 
-    initial_concurrent_flows = 5
+    initial_concurrent_flows = INITIAL
     max_concurrent_flows = CEILING
 
     async def on_worker_start(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 from pocketflow import AsyncNode
 
-from benchmarks.adaptive_flows import API, CEILING
+from benchmarks.adaptive_flows import API, CEILING, INITIAL
 
 FOLDER = "BENCH_REFERENCE"
 
@@ -36,7 +36,7 @@ async def run(count: int) -> dict[str, Any]:
             response.raise_for_status()
 
     class Flow(reference.AdaptiveThrottledBatchFlow):  # type: ignore[misc, name-defined]
-        initial_concurrent_flows, max_concurrent_flows = 5, CEILING
+        initial_concurrent_flows, max_concurrent_flows = INITIAL, CEILING
 
         async def prep_async(self, shared: Any) -> list[dict[str, int]]:
             return [{"i": number} for number in range(count)]
