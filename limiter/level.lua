@@ -1,6 +1,8 @@
 -- level: how many runs the fleet may have in progress, learnt from successes and refusals. Part of sync.lua.
 
-local ROUNDS = 3 -- levels' worths of successes before what was refused is tried again
+-- Levels' worths of successes before what was refused is tried again; where growth jumps, and a cut is deep,
+-- trying costs more.
+local ROUNDS = { threshold = 6, additive = 3 }
 local LONGEST_HALT = 16000000 -- us
 
 -- Made only by a call that changes the level.
@@ -26,7 +28,8 @@ local function lesson()
     state.rounds = state.rounds + call.successes / level
     local higher = grown()
     if level < bound and higher >= bound then
-      higher = state.rounds < ROUNDS and math.max(level, bound - 0.01) or bound
+      local rounds = state.additive == 1 and ROUNDS.additive or ROUNDS.threshold
+      higher = state.rounds < rounds and math.max(level, bound - 0.01) or bound
     end
     if higher <= level then return end
     higher = math.min(ceiling, higher)

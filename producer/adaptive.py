@@ -27,9 +27,10 @@ class AdaptiveThrottledBatchFlow(ThrottledAsyncParallelBatchFlow):
         recovery: "threshold" (that rule) or "additive" (TCP's: one more per level's worth of successes;
             steep until the first refusal, and again where the level gets past the last one).
 
-    The level at which the last cut fell is tried again after three levels' worth of successes. Cuts with no
-    success between them go deeper, down to a half. Where the level can fall no further the fleet halts, for
-    1 s, then twice as long each time up to 16 s, until a run succeeds. docs/backoff.md says when to use which.
+    The level at which the last cut fell is tried again after three levels' worth of successes (additive) or
+    six (threshold). Cuts with no success between them go deeper, down to a half. Where the level can fall no
+    further the fleet halts, for 1 s, then twice as long each time up to 16 s, until a run succeeds.
+    docs/backoff.md says when to use which.
     """
 
     initial_concurrent_flows: int = 5

@@ -561,7 +561,7 @@ class Ledger:
         self.counts["cuts"] += 1
 
     def _grow(self, successes: int, top: float) -> None:
-        """By the rule of the limit, but not to what was refused before three rounds of successes came."""
+        """By the rule of the limit, but not to what was refused before enough rounds of successes came."""
         _, _, _, _, _, _, _, threshold, factor, additive = self.limits
         self.oks += successes
         self.rounds += successes / self.level
@@ -574,7 +574,7 @@ class Ledger:
             wanted = max(wanted + 1, wanted * factor)
         if self.level < self.known_bad <= wanted:
             wanted = float(self.known_bad)
-            if self.rounds < 3:
+            if self.rounds < (3 if additive else 6):
                 wanted = max(self.level, wanted - 0.01)
         if wanted != self.level:
             self.level, self.oks = min(top, wanted), 0

@@ -226,14 +226,15 @@ TABLES: dict[str, list[Row]] = {
         (6, ask("A", 7, ADDING, held=8, successes=8, counted_under=T0 + 12, permits=1), {"level": 9}),
         (7, ask("A", 8, ADDING, held=9, successes=6, counted_under=T0 + 12), {"level": 15}),
     ],
-    "what_was_refused_is_tried_again_after_three_levels_of_successes": [
+    "what_was_refused_is_tried_again_after_six_levels_of_successes": [
         (0, ask("A", 1, EAGER, permits=8), {"level": 8}),
         (1, ask("A", 2, EAGER, held=0, refused=T0 + 8, permits=4), {"level": 4, "permits": 4}),
         (2, ask("A", 3, EAGER, held=4, successes=4, counted_under=T0 + 8), {"level": approx(7.99)}),
         (3, ask("A", 4, EAGER, held=4, successes=9, counted_under=T0 + 8), {"level": approx(7.99)}),
         (4, ask("A", 5, EAGER, held=4, permits=3), {"permits": 3}),
         (5, ask("A", 6, EAGER, held=7, successes=8, counted_under=T0 + 8), {"level": approx(7.99)}),
-        (6, ask("A", 7, EAGER, held=7, successes=8, counted_under=T0 + 8), {"level": 8}),
+        (6, ask("A", 7, EAGER, held=7, successes=24, counted_under=T0 + 8), {"level": approx(7.99)}),
+        (7, ask("A", 8, EAGER, held=7, successes=8, counted_under=T0 + 8), {"level": 8}),
     ],
     "a_gate_that_lost_its_data_holds_for_a_lease": [
         (0, ask("A", 1, permits=1, birth=T0 - 9), {"permits": 0, "reason": "cold", "wait_s": 5.0}),
