@@ -1,5 +1,27 @@
 -- admit: the window, whose turn it is, and the claim of the jobs with the lowest places. Part of sync.lua.
 
+-- Even pacing, as in GCRA: a start moves the next one by an interval. One that comes late does not push
+-- back those after it, up to CATCH_UP of the window (50 ms of a minute). The slack is in the interval
+-- because a stamp leaves the window that much after its grant.
+local CATCH_UP = 1200
+
+local function interval() return math.ceil((state.window + state.slack) / gate.rate) end
+
+local function next_start() return math.max(state.next_start, now - math.floor(state.window / CATCH_UP)) end
+
+-- Starts that the pace allows now.
+local function due_starts()
+  if state.even ~= 1 or gate.rate == 0 then return math.huge end
+  return math.max(0, math.floor((now - next_start()) / interval()) + 1)
+end
+
+-- Starts were given back: the next one is due an interval after the last that is left.
+local function unpace(slack)
+  local last = redis.call('LINDEX', STARTS, -1)
+  local due = last and tonumber(last) - math.floor(slack) + interval() or 0
+  state.next_start = math.min(state.next_start, due)
+end
+
 -- Slack: a process that had to give grants back doubles it (at most 5 s); it decays by a sixteenth of
 -- the time that passes, so that stamps stay in order.
 local function tune_slack()
@@ -10,6 +32,7 @@ local function tune_slack()
     for stamp, count in string.gmatch(call.returned, '(%d+) (%d+)') do
       redis.call('LREM', STARTS, count, stamp)
     end
+    if state.even == 1 and gate.rate > 0 then unpace(slack) end
     if string.sub(call.returned, 1, 4) == 'late' then slack = math.min(5000000, slack * 2) end
   end
   state.slack, state.slack_at = math.floor(slack), now
@@ -173,6 +196,7 @@ local function stamp_starts(count)
   local length = 0
   chunks(list, 1000, function(...) length = redis.call('RPUSH', STARTS, ...) end)
   if length == count then expire(STARTS) end
+  if state.even == 1 and gate.rate > 0 then state.next_start = next_start() + count * interval() end
   return stamp
 end
 
@@ -180,6 +204,7 @@ end
 local function roll_window()
   gate.logs = gate.rate > 0 or state.rate > 0 -- also while the operator has lifted the rate: no start is forgotten
   tune_slack()
+  if state.even == 1 and gate.rate > 0 then state.next_start = math.min(state.next_start, now + interval()) end -- a raised rate counts at once
   gate.used = trim_starts()
   release_due()
 end
@@ -188,7 +213,7 @@ end
 local function admit()
   gate.closed_until = math.max(state.pause, gate.opens, gate.held_until)
   gate.free = now < gate.closed_until and 0 or math.floor(state.level) - state.in_use
-  if gate.rate > 0 then gate.free = math.min(gate.free, gate.rate - gate.used) end
+  if gate.rate > 0 then gate.free = math.min(gate.free, gate.rate - gate.used, due_starts()) end
   pass_over_silent_head()
   local cap = turn()
   gate.permits = math.min(call.permits, cap)

@@ -47,6 +47,7 @@ local GRACE = 200000 -- us a woken head may stay silent before it goes to the ta
 --   pause       nothing is admitted before, us
 --   slack       us a grant may take to start
 --   slack_at    when the slack last changed, us
+--   next_start  with even pacing: no start is granted before, us
 --   due         earliest delayed run, us; 0 = none
 --   reap_at     no lease ends before, us
 --   woken_due   when the woken head was told to call, us
@@ -60,7 +61,7 @@ local GRACE = 200000 -- us a woken head may stay silent before it goes to the ta
 --   admitted    when a run was last admitted, us
 --   told        when a cut or a recovery was last told, us
 --   sampled     when the last sample was taken, us, and peak, the most slots in use since then
---   max min initial rate window lease backoff threshold factor additive   those limits
+--   max min initial rate window lease backoff threshold factor additive even   those limits
 -- Beside it, as fields of their own: `woken`, the head that was told to call, `override`, `config`, those
 -- limits as they were brought. Read only where they matter: `rivals`, other values that were told in the
 -- trail; `told_level`, the level that was told last; `stepped`, the last step back of the clock that was told.
@@ -102,14 +103,15 @@ local function write_state(s)
     .. '"touched":%d,"flows":%d,"config_from":%d,"bound":%d,"rounds":%.17g,"streak":%d,'
     .. '"halt":%d,"admitted":%d,"told":%d,'
     .. '"sampled":%d,"peak":%d,"max":%d,"min":%d,"initial":%d,"rate":%d,'
-    .. '"window":%d,"lease":%d,"backoff":%.17g,"threshold":%d,"factor":%.17g,"additive":%d}',
+    .. '"window":%d,"lease":%d,"backoff":%.17g,"threshold":%d,"factor":%.17g,"additive":%d,"even":%d,'
+    .. '"next_start":%d}',
     s.gen, s.cold, s.last, s.attempt, s.place, s.processes, s.in_use,
     s.active, s.waiting, s.callers, s.behind, s.ticket, s.level, s.ceiling, s.cut,
     s.oks, s.quiet, s.pause, s.slack, s.slack_at, s.due, s.reap_at, s.woken_due,
     s.touched, s.flows, s.config_from, s.bound, s.rounds, s.streak,
     s.halt, s.admitted, s.told,
     s.sampled, s.peak, s.max, s.min, s.initial, s.rate,
-    s.window, s.lease, s.backoff, s.threshold, s.factor, s.additive)
+    s.window, s.lease, s.backoff, s.threshold, s.factor, s.additive, s.even, s.next_start)
 end
 
 local function zero() return 0 end

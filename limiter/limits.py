@@ -53,6 +53,27 @@ def checked_float(value: object, key: str, low: float, high: float) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
+def checked_pacing(value: object, per_minute: object, key: str = "max_per_minute") -> bool:
+    """Whether starts are spread evenly. `key` is how the user types the number of starts.
+
+    >>> checked_pacing("even", 60)
+    True
+    """
+    if value not in ("burst", "even"):
+        raise LimitsError(
+            f"pacing={value!r} cannot hold: use 'burst' (as fast as the minute allows) or 'even' (spread over it)",
+            key="pacing",
+            value=value,
+        )
+    if value == "even" and per_minute is None:
+        raise LimitsError(
+            f"pacing='even' spreads the starts of a minute, and {key}=None sets none: set {key} too",
+            key="pacing",
+            value=value,
+        )
+    return value == "even"
+
+
 @dataclass(frozen=True)
 class Limits:
     """One limit: how many at a time, how many starts per window, and how the level adapts.
@@ -65,6 +86,7 @@ class Limits:
         backoff_factor: the level is multiplied by it once per episode of refusals.
         recovery_threshold, recovery_factor: successes before the level grows, and by how much.
         additive: grow as TCP does instead: one per success at first, then one per level's worth.
+        even: spread the starts over the window instead of letting them come at once.
         window_s: length of the window, seconds. Flows use 60; tests and benchmarks shorten it.
         lease_s: how long a process keeps its slots without a word, seconds.
 
@@ -81,6 +103,7 @@ class Limits:
     recovery_threshold: int = 10
     recovery_factor: float = 1.2
     additive: bool = False
+    even: bool = False
     window_s: float = 60.0
     lease_s: float = 15.0
 
@@ -117,7 +140,7 @@ class Limits:
         """The values in the order `gate.lua` reads them; times in microseconds.
 
         >>> Limits("users", 5, 60).as_argument()
-        '5 5 5 60 60000000 15000000 0.5 10 1.2 0'
+        '5 5 5 60 60000000 15000000 0.5 10 1.2 0 0'
         """
         return " ".join(
             (
@@ -131,6 +154,7 @@ class Limits:
                 str(self.recovery_threshold),
                 repr(float(self.recovery_factor)),
                 "1" if self.additive else "0",
+                "1" if self.even else "0",
             )
         )
 

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("pocketfleet.limiter")
 
 
+BLOCKED = ("level", "window", "pacing", "pause", "cold", "turn")
+"""Reasons of an answer which say that the gate refuses, and tells when to ask again."""
+
+
 class Crew(Protocol):
     """Who runs the jobs a pump claims: the worker's side."""
 
@@ -264,7 +268,7 @@ class Pump:
         return bool(self._waiters or self._crew or self.held)
 
     def _blocked(self) -> bool:
-        return self.answer is not None and self.answer.reason in ("level", "window", "pause", "cold", "turn")
+        return self.answer is not None and self.answer.reason in BLOCKED
 
     def _compose(self) -> Call:
         self._alarm.rung = False

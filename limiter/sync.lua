@@ -8,8 +8,8 @@
 -- ARGV[6]   jobs       jobs it has room for
 -- ARGV[7]   birth      birth of the gate it remembers, us; 0 = none
 -- ARGV[8]   started    when this process first called, us; 0 = this is its first call
--- ARGV[9]   limits     'max min initial rate window lease backoff threshold factor additive', times in us;
---                      rate 0 = none; '' = keep what the gate has
+-- ARGV[9]   limits     'max min initial rate window lease backoff threshold factor additive even', times in
+--                      us; rate 0 = none; '' = keep what the gate has
 -- ARGV[10]  override   the operator's values it remembers
 -- ARGV[11]  successes  since its last call, of runs admitted under ARGV[12], the cut it knows
 -- ARGV[13]  refused    highest attempt that was refused with a rate limit since its last call; 0 = none
@@ -33,7 +33,7 @@
 --   and then, only if there is one, a note: !newer=<limits> or !older=<limits> (another living process
 --   brought these; the newer are in force) or !repaired=<fields> (they were poisoned); ',' for ' '
 --   status 0 = ok, 1 = you were unknown: nothing admitted, send your claims again with 'keep'
---   reason '-' | level | window | pause | cold | turn | jobs     why less than wanted was given
+--   reason '-' | level | window | pacing | pause | cold | turn | jobs     why less than wanted was given
 -- A refusal burns no start and takes no slot; it may take a ticket.
 -- Cost: O(entries + jobs + log(processes) + log(queue)); nothing grows with workers or queue length.
 --

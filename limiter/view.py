@@ -57,6 +57,7 @@ class GateView:
     """Seconds since 1970 by Redis' clock; None: not paused, or until resumed (`paused_for_s` is inf)."""
     override: OverrideView | None = None
     """The operator's values; `max_concurrent` and `max_per_window` above are those in force."""
+    paced_for_s: float = 0.0
 
     def holds_back(self) -> str:
         """What keeps the next run from starting, in words; '' if nothing does."""
@@ -74,6 +75,8 @@ class GateView:
                 f"window: {self.used} of {self.max_per_window} starts in {self.window_s:g} s, "
                 f"next in {self.next_start_s:.1f} s"
             )
+        if self.paced_for_s > 0:
+            return f"even pacing: next start in {self.paced_for_s:.1f} s"
         if self.in_use >= int(self.level):
             return f"level: {self.in_use} of {int(self.level)} at a time"
         if not self.served and any(self.waiting_jobs.values()):
@@ -136,6 +139,9 @@ async def read_gate(client: Redis, name: str) -> GateView | None:
         paused_for_s=math.inf if paused_until == FOREVER_US else max(0.0, (paused_until - now) / 1e6),
         closed_for_s=max(0.0, (opens - now) / 1e6),
         next_start_s=next_start,
+        paced_for_s=max(0.0, (state.get("next_start", 0) - now) / 1e6)
+        if state.get("even") and state["rate"]
+        else 0.0,
         served=living > 0,
         alive=alive,
         paused_by=paused_by,

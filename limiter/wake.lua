@@ -4,10 +4,12 @@
 local function next_free()
   if now < gate.closed_until then return gate.closed_until end
   if math.floor(state.level) - state.in_use <= 0 then return nil end
+  local due = now
   if gate.rate > 0 and gate.used >= gate.rate then
-    return math.min(tonumber(redis.call('LINDEX', STARTS, gate.used - gate.rate)), PARKED) + state.window
+    due = math.min(tonumber(redis.call('LINDEX', STARTS, gate.used - gate.rate)), PARKED) + state.window
   end
-  return now
+  if gate.rate > 0 and state.even == 1 then due = math.max(due, state.next_start) end
+  return due
 end
 
 -- Grant the head what it waits for, in its wake message: it need not ask. Not beyond its fair share, so that
@@ -122,6 +124,7 @@ local function reason()
     if now < gate.closed_until then return 'pause' end
     if math.floor(state.level) - state.in_use <= 0 then return 'level' end
     if gate.rate > 0 and gate.used >= gate.rate then return 'window' end
+    if gate.rate > 0 and state.even == 1 and now < state.next_start then return 'pacing' end
     return 'turn'
   end
   if gate.unknown then return 'cold' end

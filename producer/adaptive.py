@@ -86,6 +86,7 @@ class AdaptiveThrottledBatchFlow(ThrottledAsyncParallelBatchFlow):
             recovery_threshold=self.recovery_threshold,
             recovery_factor=self.recovery_factor,
             additive=GROWTH[self.recovery],
+            even=fixed.even,
             window_s=self.window_s,
             lease_s=lease_s,
         )

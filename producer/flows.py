@@ -12,7 +12,7 @@ from typing import Any
 from pocketflow import AsyncParallelBatchFlow
 
 from limiter.errors import LimitsError
-from limiter.limits import Limits, checked_count, checked_float, checked_name
+from limiter.limits import Limits, checked_count, checked_float, checked_name, checked_pacing
 from limiter.process import current_process
 from limiter.pump import Pump
 from limiter.refusal import Hook
@@ -27,6 +27,8 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
     Class attributes, each also a keyword:
         max_concurrent_flows: runs at a time in the whole fleet (5).
         max_flows_per_minute: starts in any 60 s in the whole fleet, or None (None).
+        pacing: "burst" (starts as fast as the minute allows, default) or "even" (spread over it, for
+            providers that count by the second).
         name: the flow's name; default: the `module:attribute` it is found under.
         limit: name of its limit, shared by every flow that names it; default: the flow's name.
         local_keys: keys of the shared store that stay where they are (clients, connections): they travel
@@ -61,6 +63,7 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
 
     max_concurrent_flows: int = 5
     max_flows_per_minute: int | None = None
+    pacing: str = "burst"
     name: str | None = None
     limit: str | None = None
     local_keys: Iterable[str] = ()
@@ -81,6 +84,7 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
     _keywords: tuple[str, ...] = (
         "max_concurrent_flows",
         "max_flows_per_minute",
+        "pacing",
         "name",
         "limit",
         "local_keys",
@@ -116,6 +120,7 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
     def _check(self) -> None:
         checked_count(self.max_concurrent_flows, "max_concurrent_flows")
         checked_count(self.max_flows_per_minute, "max_flows_per_minute", none_ok=True)
+        checked_pacing(self.pacing, self.max_flows_per_minute, "max_flows_per_minute")
         for key in ("name", "limit"):
             value = getattr(self, key)
             if value is not None:
@@ -188,6 +193,7 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
             self.limit or limit_of(flow_name),
             max_concurrent=self.max_concurrent_flows,
             max_per_window=self.max_flows_per_minute,
+            even=checked_pacing(self.pacing, self.max_flows_per_minute, "max_flows_per_minute"),
             window_s=self.window_s,
             lease_s=lease_s,
         )

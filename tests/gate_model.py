@@ -255,6 +255,11 @@ class Ledger:
         self.admitted = 0
         self.word = self.kept = ""
         """What the operator said: as the gate has it, and the key that outlives the gate."""
+        self.slack = self.slack_at = 0
+        self.due = 0
+        """With even pacing: when the next start is due."""
+        self.paced: list[tuple[int, int]] = []
+        """With even pacing: when each start that stands was granted, and its stamp."""
 
     # what is asked of it
 
@@ -289,6 +294,21 @@ class Ledger:
     def window(self) -> int:
         return int(self.limits[4])
 
+    @property
+    def even(self) -> bool:
+        return bool(self.limits[10]) and self.rate > 0
+
+    def interval(self) -> int:
+        """us between two starts of an even pace: as many as the window counts, slack included."""
+        return -(-(self.window + self.slack) // self.rate)
+
+    def starts_due(self, now: int) -> int:
+        """How many starts the pace allows now, one after another."""
+        count, due = 0, max(self.due, now - self.window // 1200)
+        while due <= now:
+            count, due = count + 1, due + self.interval()
+        return count
+
     def in_use(self) -> int:
         return sum(member.held for member in self.members.values())
 
@@ -306,6 +326,8 @@ class Ledger:
         if now < self.closed_until():
             return 0
         free = math.floor(self.level) - self.in_use()
+        if self.even:
+            free = min(free, self.starts_due(now))
         return min(free, self.rate - self.used(now)) if self.rate else free
 
     # the scripts
@@ -452,6 +474,7 @@ class Ledger:
         if call.limits and started > self.config_from:
             self.limits = [float(word) for word in call.limits.split()]
             self.config_from = started
+            self.paced = []
         ceiling = float(self.top)
         last, self.ceiling = self.ceiling, ceiling
         self.level = self.level or self._initial()
@@ -580,10 +603,21 @@ class Ledger:
             self.level, self.oks = min(top, wanted), 0
 
     def _return_stamps(self, call: Call, now: int) -> None:
+        least = max(self.window // 240, 10_000)
+        before = max(least, max(least, self.slack) - (now - self.slack_at) / 16)
         words = [int(word) for word in call.returned.split() if word.isdigit()]
         for stamp, count in zip(words[::2], words[1::2], strict=True):
             for _ in range(min(count, self.stamps.count(stamp))):
                 self.stamps.remove(stamp)
+                self.paced = [each for each in self.paced if each[1] != stamp]
+        if words and self.even:
+            last = self.stamps[-1] - math.floor(before) + self.interval() if self.stamps else 0
+            self.due = min(self.due, last)
+        late = call.returned.startswith("late")
+        self.slack = math.floor(min(5_000_000, before * 2) if late else before)
+        self.slack_at = now
+        if self.even:
+            self.due = min(self.due, now + self.interval())
         if self.logged:
             self.stamps = [stamp for stamp in self.stamps if stamp > now - self.window]
 
@@ -622,6 +656,8 @@ class Ledger:
             assert answer.stamp == now + slack
             assert not self.stamps or self.stamps[-1] <= answer.stamp, "stamps out of order"
             self.stamps += [answer.stamp] * given
+        if given and self.even:
+            self._pace(given, now, answer.stamp)
         if given:
             self.starts += [(now, answer.stamp or now)] * given
         assert not given or not self.rate or self.used(now) <= self.rate
@@ -645,11 +681,23 @@ class Ledger:
             self.admitted = now
             if self.logged:
                 self.stamps += [latest] * grant.count
+            if self.even:
+                self._pace(grant.count, now, latest)
             self.starts += [(now, latest or now)] * grant.count
             member.held += grant.count
             member.wanted -= grant.count
             member.waits = member.wanted > 0
             self.counts["pushed"] += grant.count
+
+    def _pace(self, given: int, now: int, stamp: int) -> None:
+        """Each start is due an interval after the one before; lateness is made up for within a bound."""
+        catch_up = self.window // 1200
+        self.paced = (self.paced + [(now, stamp)] * given)[-60:]
+        least = (self.window + max(self.window // 240, 10_000)) / self.rate
+        for after, (at, _) in enumerate(reversed(self.paced)):
+            assert after <= (now - at + catch_up) / least + 1e-6, f"{after + 1} starts in {now - at} us"
+        for _ in range(given):
+            self.due = max(self.due, now - catch_up) + self.interval()
 
     def _claims(self, call: Call, answer: Answer, line: list[Item]) -> int:
         """Check that the lowest places were taken; returns how many, those without payload included."""
@@ -943,6 +991,8 @@ class Fleet:
         room = ledger.closed_until()
         if ledger.rate and ledger.used(self.now) >= ledger.rate:
             room = max(room, ledger.stamps[len(ledger.stamps) - ledger.rate] + ledger.window)
+        if ledger.even:
+            room = max(room, ledger.due)
         work = min(
             (self._work_at(who) for who in range(len(self.pumps)) if who not in self.gone), default=FOREVER
         )

@@ -22,6 +22,11 @@ S = 1_000_000
 LEASE = 15 * S
 PLAIN = Limits("L", 2)
 RATED = Limits("L", 100, 3, window_s=10)
+EVEN = Limits("L", 100, 10, even=True, window_s=10)
+PACE = (10 * S + 41_666) // 10 + 1
+"""From one start to the next: the window and its slack hold ten."""
+FIRST = PACE - 10 * S // 1200
+"""From a first start to the second, which may catch up with a little lateness."""
 ADAPTIVE = Limits(
     "L",
     8,
@@ -112,6 +117,29 @@ TABLES: dict[str, list[Row]] = {
         (10, ask("A", 2, held=1, permits=1), {"permits": 1, "in_use": 2}),
         (11, ask("A", 1, permits=1), {"status": -1}),
         (12, ask("B", 1, permits=1), {"permits": 0, "in_use": 2}),
+    ],
+    "an_even_pace_spreads_the_starts_over_the_window": [
+        (0, ask("A", 1, EVEN, permits=9), {"permits": 1, "reason": "pacing", "wait_s": FIRST / 1e6}),
+        (1, ask("A", 2, EVEN, held=1, permits=8), {"permits": 0, "used": 1, "wait_s": (FIRST - 1) / 1e6}),
+        (FIRST - 1, ask("A", 3, EVEN, held=1, permits=8), {"permits": 0}),
+        (FIRST, ask("A", 4, EVEN, held=1, permits=8), {"permits": 1, "used": 2}),
+        # late by less than what may be caught up with: the next is due as if it had not been
+        (FIRST + PACE + 8_000, ask("A", 5, EVEN, held=2, permits=7), {"permits": 1}),
+        (FIRST + 2 * PACE - 1, ask("A", 6, EVEN, held=3, permits=6), {"permits": 0}),
+        (FIRST + 2 * PACE, ask("A", 7, EVEN, held=3, permits=6), {"permits": 1}),
+        # a lull is not made up for
+        (8 * S, ask("A", 8, EVEN, held=4, permits=5), {"permits": 1, "reason": "pacing"}),
+    ],
+    "the_next_in_line_is_told_when_an_even_pace_lets_it_start": [
+        (0, ask("A", 1, EVEN, permits=1), {"permits": 1}),
+        (1, ask("B", 1, EVEN, permits=1), {"permits": 0, "reason": "pacing", "wait_s": (FIRST - 1) / 1e6}),
+        (2, ask("C", 1, EVEN, permits=1), {"permits": 0, "wait_s": 5.0}),
+        (FIRST, ask("B", 2, EVEN, permits=1), {"permits": 1}),
+    ],
+    "a_start_that_is_given_back_does_not_hold_up_an_even_pace": [
+        (0, ask("A", 1, EVEN, permits=1), {"permits": 1}),
+        (100, ask("A", 2, EVEN, permits=1, returned=f"{T0 + 41_666} 1"), {"permits": 1, "used": 1}),
+        (200, ask("A", 3, EVEN, held=1, permits=1), {"permits": 0, "reason": "pacing"}),
     ],
     "a_refused_call_burns_no_start": [
         (0, ask("A", 1, RATED, permits=3), {"permits": 3, "used": 3, "slack_s": 0.041666}),

@@ -44,12 +44,14 @@ SHAPES = [
     Limits("L", 6, 20, min_concurrent=1, initial_concurrent=2, recovery_threshold=2, window_s=5, lease_s=3),
     Limits("L", 8, None, min_concurrent=1, recovery_threshold=3, lease_s=6),
     Limits("L", 6, min_concurrent=3, initial_concurrent=3, backoff_factor=0.9, additive=True, lease_s=3),
+    Limits("L", 4, 10, even=True, window_s=5, lease_s=3),
 ]
 
 CROWDED = SHAPES + [
     Limits("L", 2, lease_s=6),
     Limits("L", 3, 3, window_s=1, lease_s=6),
     Limits("L", 2, lease_s=15),
+    Limits("L", 5, 40, even=True, window_s=4, lease_s=6),
 ]
 
 
