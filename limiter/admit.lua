@@ -89,7 +89,7 @@ local function take_ticket(process)
 end
 
 local function set_kind(of, kind)
-  state.callers = state.callers + (kind == 'p' and 1 or 0) - (of.kind == 'p' and 1 or 0)
+  state.callers = state.callers + calls(kind) - calls(of.kind)
   of.kind = kind
 end
 
@@ -209,14 +209,37 @@ local function roll_window()
   release_due()
 end
 
--- Decide how much, then take it: permits first, then the jobs with the lowest places.
-local function admit()
+-- A place that is kept for another process is not given. One kept for us ends with this call: it is ours if
+-- the call asks for several gates, and may be kept anew; else nobody here waits for several any more.
+local function find_kept()
+  if state.kept_for == 0 then return false end
+  local ours = state.kept_for == record.number and (gate.several or not call.stand)
+  if ours or now >= state.kept_until then state.kept_for = 0 else gate.kept = 1 end
+  return ours and gate.several
+end
+
+-- How many places this process may take just now: what is free, if it is its turn.
+local function places()
   gate.closed_until = math.max(state.pause, gate.opens, gate.held_until)
   gate.free = now < gate.closed_until and 0 or math.floor(state.level) - state.in_use
   if gate.rate > 0 then gate.free = math.min(gate.free, gate.rate - gate.used, due_starts()) end
+  local mine = find_kept()
+  gate.free = gate.free - gate.kept
   pass_over_silent_head()
-  local cap = turn()
-  gate.permits = math.min(call.permits, cap)
+  return mine and math.max(turn(), math.min(1, gate.free)) or turn()
+end
+
+-- From now on a place is left free for this process, so that it gets it together with another gate's.
+local function keep_place()
+  if gate.keep_us == 0 then return end
+  state.kept_for, state.kept_until = record.number, now + gate.keep_us
+  gate.kept, gate.free = gate.kept + 1, gate.free - 1
+end
+
+-- Take them: permits that other gates give too, then permits, then the jobs with the lowest places.
+local function take(cap)
+  local alone = math.min(call.permits, cap - gate.together)
+  gate.permits = gate.together + alone
   state.attempt = state.attempt + gate.permits
   gate.permit_attempt = state.attempt
   local count = math.min(call.jobs, cap - gate.permits)
@@ -233,14 +256,15 @@ local function admit()
   state.in_use = state.in_use + gate.given
   if state.in_use > state.peak then state.peak = state.in_use end
   gate.free = gate.free - gate.given
-  gate.refuses = gate.permits < call.permits or (gate.more ~= nil and count < call.jobs)
+  keep_place()
+  gate.wants = call.permits - alone
+  gate.refuses = gate.stands or call.stand or gate.wants > 0 or (gate.more ~= nil and count < call.jobs)
 end
 
 -- Who was refused by the gate waits by ticket; who got part of it, at the tail.
 local function queue_up()
-  local left = call.permits - gate.permits
-  record.want = gate.more and 0 or left -- one that was refused jobs too must call: a grant would not be all
+  record.want = gate.more and 0 or gate.wants -- one that was refused jobs too must call: a grant would not be all
   if not gate.refuses then return drop_ticket(me, record) end
   if gate.given > 0 or record.kind == '-' then take_ticket(me) end
-  set_kind(record, left > 0 and 'p' or 'j')
+  set_kind(record, (gate.stands or call.stand) and 's' or gate.wants > 0 and 'p' or 'j')
 end

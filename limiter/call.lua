@@ -5,15 +5,19 @@ local call = {
   seq = tonumber(ARGV[3]), held = tonumber(ARGV[4]), permits = tonumber(ARGV[5]), jobs = tonumber(ARGV[6]),
   birth = tonumber(ARGV[7]), started = tonumber(ARGV[8]), limits = ARGV[9], override = ARGV[10],
   successes = tonumber(ARGV[11]), counted_under = tonumber(ARGV[12]), refused = tonumber(ARGV[13]),
-  pause = tonumber(ARGV[14]), returned = ARGV[15], leave = ARGV[16] == '1', reset = ARGV[17] == '1', flows = {},
+  pause = tonumber(ARGV[14]), returned = ARGV[15], leave = ARGV[16] == '1', reset = ARGV[17] == '1',
+  stand = ARGV[18] == '1', flows = {},
 }
-local flow_count = tonumber(ARGV[18])
-for i = 1, flow_count do call.flows[i] = ARGV[18 + i] end
-local FIRST_ENTRY = 19 + flow_count
+local flow_count = tonumber(ARGV[19])
+for i = 1, flow_count do call.flows[i] = ARGV[19 + i] end
+local FIRST_ENTRY = 20 + flow_count
 
 local state, record = load(me)
 local now = clock(state)
-local gate = {} -- what this call finds and decides: limits in force, places free, who is told
+-- What this call finds and decides: limits in force, places free, who is told. With other gates of the
+-- same call (together.lua): permits given by all of them, whether more are waited for here, and for how
+-- many us a place is kept free for them. `kept`: places kept free, not to be given in this call.
+local gate = { several = false, together = 0, stands = false, keep_us = 0, kept = 0 }
 local returned_flows = {} -- flows some of whose jobs came back to the queue in this call
 local delayed = {} -- flow -> earliest due time of the runs refused in this call
 
@@ -166,7 +170,8 @@ local function bury(process)
     event(now, 'reaped', 'its lease ended', exact(dead.held), '0', process)
     state.in_use = math.max(0, state.in_use - dead.held)
     state.active = math.max(0, state.active - is_active(dead))
-    if dead.kind == 'p' then state.callers = math.max(0, state.callers - 1) end
+    state.callers = math.max(0, state.callers - calls(dead.kind))
+    if state.kept_for == dead.number then state.kept_for = 0 end
     return_jobs(dead.number, 1)
   end
   if redis.call('ZREM', TICKETS, process) == 1 then state.waiting = state.waiting - 1 end

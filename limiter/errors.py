@@ -44,3 +44,27 @@ class LeaseLost(LimiterError):
             f"the lease on '{limit}' ran out: Redis did not answer in time, so the block was ended"
         )
         self.limit = limit
+
+
+class HeldAlready(LimiterError):
+    """The run asks for a gate it is inside of already. Carries `limit`."""
+
+    def __init__(self, limit: str) -> None:
+        super().__init__(
+            f"this run holds '{limit}' already (by an outer limit(), its node or its flow), so waiting for it "
+            "again could wait for ever: take it once, around everything it protects"
+        )
+        self.limit = limit
+
+
+class WaitCircle(LimiterError, TimeoutError):
+    """Two gates wait for each other. Carries `held` and `wanted`."""
+
+    def __init__(self, held: str, wanted: str, waited_s: float) -> None:
+        super().__init__(
+            f"after {waited_s:.0f} s: every slot of '{held}' is held by a run that waits for '{wanted}', and every "
+            f"slot of '{wanted}' by one that waits for '{held}', so this wait was ended: take them in the same "
+            f"order everywhere, or together with limit('{held}', '{wanted}')"
+        )
+        self.held = held
+        self.wanted = wanted

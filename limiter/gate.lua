@@ -51,6 +51,8 @@ local GRACE = 200000 -- us a woken head may stay silent before it goes to the ta
 --   due         earliest delayed run, us; 0 = none
 --   reap_at     no lease ends before, us
 --   woken_due   when the woken head was told to call, us
+--   kept_for    number of the process for which a place is left free, because another gate refuses it; 0 = none
+--   kept_until  no longer than that, us
 --   touched     when the lifetimes were last renewed, us
 --   flows       number of flows served
 --   config_from start of the process whose limits are in force, us
@@ -81,6 +83,8 @@ local function read_record(text)
   return {
     number = tonumber(n), held = tonumber(held), seq = tonumber(seq), extended = extended == '1',
     kind = kind, idle = idle == '1', flows = tonumber(flows), ends = tonumber(ends),
+    -- kind: what it waits for by ticket: 'p' permits, 's' permits of several gates at once (and perhaps of
+    -- this one alone), 'j' jobs, '-' nothing
     want = tonumber(want), -- permits it may be granted in its wake message
     since = tonumber(since), -- when what it holds last changed, us
   }
@@ -95,6 +99,8 @@ local function is_active(record)
   return (record.held > 0 or record.kind ~= '-') and 1 or 0
 end
 
+local function calls(kind) return (kind == 'p' or kind == 's') and 1 or 0 end
+
 -- One format, not a loop: this runs in every call.
 local function write_state(s)
   return string.format('{"gen":%d,"cold":%d,"last":%d,"attempt":%d,"place":%d,"processes":%d,"in_use":%d,'
@@ -104,14 +110,15 @@ local function write_state(s)
     .. '"halt":%d,"admitted":%d,"told":%d,'
     .. '"sampled":%d,"peak":%d,"max":%d,"min":%d,"initial":%d,"rate":%d,'
     .. '"window":%d,"lease":%d,"backoff":%.17g,"threshold":%d,"factor":%.17g,"additive":%d,"even":%d,'
-    .. '"next_start":%d}',
+    .. '"next_start":%d,"kept_for":%d,"kept_until":%d}',
     s.gen, s.cold, s.last, s.attempt, s.place, s.processes, s.in_use,
     s.active, s.waiting, s.callers, s.behind, s.ticket, s.level, s.ceiling, s.cut,
     s.oks, s.quiet, s.pause, s.slack, s.slack_at, s.due, s.reap_at, s.woken_due,
     s.touched, s.flows, s.config_from, s.bound, s.rounds, s.streak,
     s.halt, s.admitted, s.told,
     s.sampled, s.peak, s.max, s.min, s.initial, s.rate,
-    s.window, s.lease, s.backoff, s.threshold, s.factor, s.additive, s.even, s.next_start)
+    s.window, s.lease, s.backoff, s.threshold, s.factor, s.additive, s.even, s.next_start,
+    s.kept_for, s.kept_until)
 end
 
 local function zero() return 0 end

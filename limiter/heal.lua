@@ -47,7 +47,7 @@ local function healer()
     for _, record in pairs(read_records()) do
       state.in_use = state.in_use + record.held
       state.active = state.active + is_active(record)
-      state.callers = state.callers + (record.kind == 'p' and 1 or 0)
+      state.callers = state.callers + calls(record.kind)
       state.processes = math.max(state.processes, record.number)
     end
     state.waiting, state.flows = redis.call('ZCARD', TICKETS), redis.call('SCARD', FLOWS)

@@ -12,6 +12,7 @@
 | later | zset | job id -> due time, us; the job is parked in its queue too | until due |
 | jobs | hash | job id -> record from first claim to done | until the job is done |
 | saved | hash | job id -> checkpoint of its run | until the job is done |
+| nested | hash | process -> how many of its runs have long waited for this gate inside others | some seconds after the last word |
 | events | stream | what happened to the limit, about 1,000 entries | 7 days after the last entry |
 | samples | list | 'time admissions peak level' every 5 s in which somebody calls, 240 of them | as gate |
 | override | string | the operator's values and pause | none while something in it lasts, then 7 days |
@@ -52,6 +53,7 @@ class GateKeys:
         self.later = self.root + "later"
         self.jobs = self.root + "jobs"
         self.flows = self.root + "flows"
+        self.nested = self.root + "nested"
         self.override = self.root + "override"
         self.events = self.root + "events"
         self.samples = self.root + "samples"

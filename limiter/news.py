@@ -63,6 +63,16 @@ class News:
         call.successes, call.refused, call.pause_us = self._successes, self._refused, self._pause_us
         self._successes = self._refused = self._pause_us = 0
 
+    def put_back(self, call: Call) -> None:
+        """The call was not noted: all of it is news again."""
+        self.add_first(call.entries)
+        self._successes += call.successes
+        self._refused, self._pause_us = max(self._refused, call.refused), max(self._pause_us, call.pause_us)
+        self._late = self._late or call.returned.startswith("late")
+        numbers = [int(word) for word in call.returned.removeprefix("late").split()]
+        for stamp, count in zip(numbers[::2], numbers[1::2], strict=True):
+            self._returned[stamp] = self._returned.get(stamp, 0) + count
+
     def _returned_text(self) -> str:
         text = " ".join(f"{stamp} {count}" for stamp, count in self._returned.items())
         text = f"late {text}" if self._late and text else text

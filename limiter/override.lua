@@ -46,7 +46,7 @@ local function rules()
     if #v < 10 then return false end
     state.max, state.min, state.initial, state.rate, state.window, state.lease = v[1], v[2], v[3], v[4], v[5], v[6]
     state.backoff, state.threshold, state.factor, state.additive = v[7], v[8], v[9], v[10]
-  state.even = v[11] or 0
+    state.even = v[11] or 0
     state.config = text
     return true
   end

@@ -43,9 +43,30 @@ class Permit:
             if self._holder is not None:
                 self._holder.cancel()
 
+    @property
+    def limit(self) -> str:
+        """Name of its limit."""
+        return self._pump.name
+
     def release(self) -> None:
         """Give the slot back. A second call does nothing."""
         self._pump.release(self)
+
+    def succeed(self) -> None:
+        """What it protected went well (feeds an adaptive level)."""
+        self._pump.succeed(self.attempt)
+
+    def refuse(self, pause_s: float) -> None:
+        """What it protected was refused by the provider, which asks for a pause of that long."""
+        self._pump.refuse(self.attempt, pause_s)
+
+    def late(self) -> None:
+        """Its block cannot start in time: slot and start go back, and the gate's slack grows."""
+        self._pump.late(self)
+
+    def return_unused(self) -> None:
+        """Its block never started: slot and start go back."""
+        self._pump.return_unused(self)
 
 
 async def acquire(pump: Pump, timeout_s: float | None = None) -> Permit:

@@ -10,20 +10,27 @@ import re
 import socket
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import fields
 from time import monotonic
+from typing import Any
 
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
+from redis.exceptions import RedisError, ResponseError
 
+from limiter.circle import Circles
 from limiter.client import open_client, open_pubsub_client, open_sync_client
 from limiter.connect import find_redis
+from limiter.control import may_be_poison
 from limiter.errors import LimitsError
 from limiter.limits import Limits
+from limiter.line import Line
 from limiter.pump import Pump
 from limiter.renewal import Renewal
 from limiter.settings import FleetSettings, load
 from limiter.sync import Grant
+from limiter.together import Joint
 from limiter.wake import WakeCalls
 
 log = logging.getLogger("pocketfleet.limiter")
@@ -51,6 +58,8 @@ class Process:
         self.client = client
         self.lease_s = lease_s
         self.pumps: dict[str, Pump] = {}
+        self.circles = Circles(self)
+        self._joints: dict[tuple[str, ...], Joint] = {}
         self._wake_client = wake_client
         self._loop = asyncio.get_running_loop()
         self._tasks: list[asyncio.Task[None]] = []
@@ -59,7 +68,7 @@ class Process:
         if renewal_client is not None:
             self._renewal = Renewal(self, renewal_client, lease_s, stall_limit_s)
         self._trouble_since: float | None = None
-        self._closers: list[Callable[[], None]] = []
+        self._closers: list[Callable[[], object]] = []
         self._guard: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -76,24 +85,60 @@ class Process:
         name = limits if isinstance(limits, str) else limits.name
         pump = self.pumps.get(name)
         if pump is None:
+            if isinstance(limits, Limits):
+                _refuse_other_values(self, limits)
             pump = self.pumps[name] = Pump(self, limits)
             self._tasks.append(asyncio.create_task(pump.serve(), name=f"pocketfleet-pump-{name}"))
         elif pump.limits is not limits and isinstance(limits, Limits) and pump.limits != limits:
             if pump.limits is not None:
-                raise LimitsError(
-                    f"limit '{name}' is used with two different values in this process: "
-                    f"{_values(pump.limits)} and {_values(limits)}; use one",
-                    key="limit",
-                    value=name,
-                )
+                raise _two_values(pump.limits, limits)
+            _refuse_other_values(self, limits)
             pump.adopt(limits)
         return pump
+
+    def joint(self, pumps: Sequence[Pump]) -> Joint:
+        """Who waits here for these gates at once; `pumps` in order of their names."""
+        names = tuple([pump.name for pump in pumps])
+        joint = self._joints.get(names)
+        if joint is None:
+            joint = self._joints[names] = Joint(self, pumps)
+            for pump in pumps:
+                pump.joints.append(joint)
+        return joint
+
+    async def ask(
+        self, line: Line, keys: Sequence[str], args: Sequence[Any], mend: Callable[[], Awaitable[bool]]
+    ) -> tuple[Any, float]:
+        """Send a call until it is answered; a gate answers a repeated number as the first time.
+
+        `mend` is awaited when the script met what it cannot read.
+
+        Returns the reply and when it was asked for, monotonic seconds.
+
+        Raises:
+            ResponseError: a gate has no values, or the gates lie in different slots; nothing was noted.
+        """
+        pause_s = 0.05
+        while True:
+            sent = monotonic()
+            try:
+                reply = await line.call(keys, args)
+                self.well()
+                return reply, sent
+            except (RedisError, OSError) as error:
+                if isinstance(error, ResponseError) and str(error).startswith(("NOLIMITS", "CROSSSLOT")):
+                    raise
+                poisoned = isinstance(error, ResponseError) and may_be_poison(error)
+                if not (poisoned and await mend()):
+                    self.trouble(error)
+            await asyncio.sleep(pause_s)
+            pause_s = min(1.0, pause_s * 2)
 
     def keep(self, task: asyncio.Task[None]) -> None:
         """Hold a reference to a task that lives as long as the loop."""
         self._guard = task
 
-    def on_close(self, close: Callable[[], None]) -> None:
+    def on_close(self, close: Callable[[], object]) -> None:
         """Run `close` after everything was given back."""
         self._closers.append(close)
 
@@ -115,6 +160,9 @@ class Process:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._renewal is not None:
             self._renewal.stop()
+        self.circles.stop()
+        for joint in self._joints.values():
+            await joint.close()
         for client in (self.client, self._wake_client):
             with contextlib.suppress(Exception):
                 await client.aclose()
@@ -148,8 +196,33 @@ class Process:
             self._trouble_since = None
 
 
-def _values(limits: Limits) -> str:
-    return f"max_concurrent={limits.max_concurrent}, max_per_minute={limits.max_per_window}"
+def _two_values(one: Limits, other: Limits) -> LimitsError:
+    """Names what differs as it is typed for `limit()`."""
+    differs = [each.name for each in fields(Limits) if getattr(one, each.name) != getattr(other, each.name)]
+
+    def shown(limits: Limits) -> str:
+        return ", ".join(f"{TYPED.get(key, key)}={getattr(limits, key)}" for key in differs)
+
+    return LimitsError(
+        f"limit '{one.name}' is used with two different values in this process: {shown(one)} and "
+        f"{shown(other)}; use one",
+        key="limit",
+        value=one.name,
+    )
+
+
+TYPED = {"max_per_window": "max_per_minute"}
+
+
+def _refuse_other_values(process: Process, limits: Limits) -> None:
+    """The loops of one process must agree too, that of `with limit()` among them."""
+    for loop, opening in list(_of_loop.items()):
+        if loop.is_closed() or not opening.done() or opening.cancelled() or opening.exception():
+            continue
+        pump = opening.result().pumps.get(limits.name)
+        if opening.result() is not process and pump and pump.limits not in (None, limits):
+            assert pump.limits is not None
+            raise _two_values(pump.limits, limits)
 
 
 async def open_process(url: str, *, lease_s: float = 15.0, stall_limit_s: float = 300.0) -> Process:
@@ -165,7 +238,7 @@ async def open_process(url: str, *, lease_s: float = 15.0, stall_limit_s: float 
     return process
 
 
-_of_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Task[Process]] = (
+_of_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Future[Process]] = (
     weakref.WeakKeyDictionary()
 )
 os.register_at_fork(after_in_child=_of_loop.clear)
@@ -185,6 +258,16 @@ async def current_process(settings: FleetSettings | None = None) -> Process:
     return await asyncio.shield(opening)
 
 
+def adopt(process: Process) -> None:
+    """Make it the process of the running loop, unless that has one: `limit()` then shares its pumps."""
+    loop = asyncio.get_running_loop()
+    if loop not in _of_loop:
+        opened: asyncio.Future[Process] = loop.create_future()
+        opened.set_result(process)
+        _of_loop[loop] = opened
+        process.on_close(lambda: _of_loop.pop(loop, None))
+
+
 def open_already() -> Process | None:
     """The process of the running loop if it is open: what `current_process` gives, without a wait."""
     opening = _of_loop.get(asyncio.get_running_loop())
@@ -193,7 +276,7 @@ def open_already() -> Process | None:
     return opening.result()
 
 
-def _forget_failed(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Process]) -> None:
+def _forget_failed(loop: asyncio.AbstractEventLoop, task: asyncio.Future[Process]) -> None:
     if task.cancelled() or task.exception() is not None:
         _of_loop.pop(loop, None)
 

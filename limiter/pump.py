@@ -8,26 +8,28 @@ it is answered, and hands out what the answer grants.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Sequence
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from redis.exceptions import RedisError, ResponseError
 
 from limiter.alarm import Alarm
-from limiter.control import may_be_poison, repair
-from limiter.errors import LimitsError
+from limiter.control import repair
 from limiter.keys import GateKeys
 from limiter.limits import Limits, shown_values
 from limiter.line import Line
 from limiter.news import News
 from limiter.permit import Permit
 from limiter.sync import OK, SYNC, UNKNOWN, Answer, Call, Claimed, Entry, Grant, read_answer
+from limiter.together import no_values
 
 if TYPE_CHECKING:
     from limiter.process import Process
+    from limiter.together import Joint
 
 log = logging.getLogger("pocketfleet.limiter")
 
@@ -64,13 +66,15 @@ class Pump:
         lease_until: monotonic second up to which the gate surely keeps them; start nothing after it. A gate
             that did not know us keeps nothing before it has heard what we hold.
         answer: the gate's last answer, None before the first.
+        calling: held while a call is in flight; whoever calls several gates holds those of all.
+        joints: who waits here for this gate and others at once.
     """
 
     def __init__(self, process: Process, limits: Limits | str) -> None:
         self.name = limits if isinstance(limits, str) else limits.name
         self.limits = None if isinstance(limits, str) else limits
         self._config = "" if isinstance(limits, str) else limits.as_argument()
-        self._process = process
+        self.process = process
         self._keys = GateKeys(self.name).all
         self._line = Line(process.client, SYNC)
         self._crew: Crew | None = None
@@ -93,6 +97,9 @@ class Pump:
         self._unsure = False  # the gate did not know us, and has not yet said which claims are still ours
         self._lease_watch: asyncio.TimerHandle | None = None
         self._contact: list[asyncio.Future[None]] = []
+        self._round: deque[Joint] = deque()  # joints still to be tried since the last ring
+        self.calling = asyncio.Lock()
+        self.joints: list[Joint] = []
         self.joined = False
         self.closing = False
         self.held = 0
@@ -237,24 +244,52 @@ class Pump:
                 await self._alarm.sleep(for_ever=not (self.joined or self._wanted()))
                 if self.closing and not self.joined and not self._news:
                     return
-                await self._exchange()
+                joint = self._next_joint()
+                await (self._exchange() if joint is None else joint.exchange())
+                if self._round:
+                    self.kick()
         finally:
             try:
                 await self._leave()
             finally:
                 await self._line.close()
 
+    def _next_joint(self) -> Joint | None:
+        """Who waits here for other gates too: one after the other, since each needs a call of its own."""
+        if not self.joints or self.closing:
+            return None
+        if not self._round:
+            self._round.extend(self.joints)
+        while self._round:
+            joint = self._round.popleft()
+            if joint.waiting and joint.ready():
+                return joint
+        return None
+
     async def _exchange(self) -> None:
-        call = self._in_flight = self._compose()
-        first_sent = monotonic()
+        async with self.calling:
+            call = self.begin()
+            first_sent = monotonic()
+            try:
+                reply, sent = await self.process.ask(
+                    self._line, self._keys, call.argv(), lambda: self.repair(call)
+                )
+            except ResponseError:
+                self._forget(call)
+                return
+            self.hear(call, read_answer(reply), first_sent, sent)
+
+    def begin(self, joint: Joint | None = None) -> Call:
+        """The next call; it is in flight until `hear` or `unheard`. `joint`: those it asks for as well."""
+        self._in_flight = self._compose(joint)
+        return self._in_flight
+
+    def hear(self, call: Call, answer: Answer, first_sent: float, sent: float) -> list[Permit]:
+        """Take over the answer; returns the permits that were given together with other gates'."""
+        together: list[Permit] = []
+        first = self.answer is None
         try:
-            reply, sent = await self._ask(call)
-        except _NoValues:
-            self._in_flight = None
-            self._forget(call)
-            return
-        try:
-            self._apply(call, read_answer(reply), first_sent, sent)
+            together = self._apply(call, answer, first_sent, sent)
         except Exception:
             # a fault of ours must not end the only task that keeps the lease
             log.exception("pump.fault limit=%s", self.name)
@@ -263,14 +298,25 @@ class Pump:
         early, self._early = self._early, []
         for grant in early:
             self.granted(grant)
+        if first and self.joints:
+            self.kick()
+        return together
+
+    def unheard(self, call: Call) -> None:
+        """The gate noted nothing of it: what happened is said again in the next one."""
+        self._in_flight = None
+        self._news.put_back(call)
+        self._reset = self._reset or call.reset
 
     def _wanted(self) -> bool:
-        return bool(self._waiters or self._crew or self.held)
+        if self._waiters or self._crew or self.held:
+            return True
+        return any(joint.waiting for joint in self.joints)
 
     def _blocked(self) -> bool:
         return self.answer is not None and self.answer.reason in BLOCKED
 
-    def _compose(self) -> Call:
+    def _compose(self, joint: Joint | None = None) -> Call:
         self._alarm.rung = False
         self._seq += 1
         while self._waiters and self._waiters[0].done():
@@ -278,7 +324,7 @@ class Pump:
         crew = self._crew
         remember = self.held > 0 or monotonic() < self._remember_until
         call = Call(
-            self._process.id,
+            self.process.id,
             self._seq,
             held=self.held,
             permits=len(self._waiters),
@@ -290,6 +336,7 @@ class Pump:
             counted_under=self._cut,
             leave=not self._wanted(),
             reset=self._reset,
+            stand=self._stands_beside(joint),
             flows=crew.flows if crew else (),
         )
         self._reset = False
@@ -298,30 +345,15 @@ class Pump:
             self.kick()
         return call
 
-    async def _ask(self, call: Call) -> tuple[Any, float]:
-        """Send the call until it is answered; the gate answers a repeated number as the first time."""
-        args, pause_s = call.argv(), 0.05
-        while True:
-            sent = monotonic()
-            try:
-                reply = await self._line.call(self._keys, args)
-                self._process.well()
-                return reply, sent
-            except (RedisError, OSError) as error:
-                if isinstance(error, ResponseError) and str(error).startswith("NOLIMITS"):
-                    raise _NoValues from None
-                if not await self._repair(call, error):
-                    self._process.trouble(error)
-            await asyncio.sleep(pause_s)
-            pause_s = min(1.0, pause_s * 2)
+    def _stands_beside(self, joint: Joint | None) -> bool:
+        """Whether somebody whom the call does not ask for stands in line here, for other gates too."""
+        return any(each is not joint and self.name in each.stands_at and each.waiting for each in self.joints)
 
-    async def _repair(self, call: Call, error: Exception) -> bool:
-        """If the script met what it cannot read: have it mended, and say so once."""
-        if not isinstance(error, ResponseError) or not may_be_poison(error):
-            return False
+    async def repair(self, call: Call) -> bool:
+        """A script met what it cannot read: have it mended, and say so once; whether that was possible."""
         batches = {entry.job.rpartition(":")[0].partition("}:")[2] for entry in call.entries}
         try:
-            change = await repair(self._process.client, self.name, self._process.id, call.flows, batches)
+            change = await repair(self.process.client, self.name, self.process.id, call.flows, batches)
         except (RedisError, OSError) as fault:
             log.debug("gate.not_repaired limit=%s error=%s", self.name, fault)
             return False
@@ -331,28 +363,29 @@ class Pump:
 
     def _forget(self, call: Call) -> None:
         """The gate has no values and noted nothing: fail who waits, unless values were brought meanwhile."""
-        self._news.add_first(call.entries)
+        self.unheard(call)
         if self._config == call.limits:
-            self._fail_waiters()
+            self._fail_waiters(no_values(self.name))
         else:
             self.kick()
 
-    def _fail_waiters(self) -> None:
-        sentence = f"limit '{self.name}' has no values yet: give max_concurrent= where it is first used"
+    def _fail_waiters(self, error: Exception) -> None:
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
-                waiter.set_exception(LimitsError(sentence, key="limit", value=self.name))
+                waiter.set_exception(error)
+        for joint in self.joints:
+            joint.fail(error)
 
     # --- what an answer changes --------------------------------------------------------------------
 
-    def _apply(self, call: Call, answer: Answer, first_sent: float, sent: float) -> None:
+    def _apply(self, call: Call, answer: Answer, first_sent: float, sent: float) -> list[Permit]:
         self.answer = answer
         if answer.status not in (OK, UNKNOWN):
             log.error("pump.stale limit=%s seq=%d", self.name, call.seq)
             self._news.add_first(call.entries)
             self.kick()
-            return
+            return []
         self._birth, self._started, self._cut = answer.birth, answer.started, answer.cut
         self._override = answer.override
         if answer.note:
@@ -369,10 +402,15 @@ class Pump:
         if not self._unsure:
             self.lease_until = sent + answer.lease_s - self.margin_s
         self._answered_sent, self._answered_now = first_sent, answer.now
-        self._known_waiters = call.permits - answer.permits
+        alone = answer.permits - answer.together
+        self._known_waiters = call.permits - alone
         self._remember_start(answer.stamp)
         start_by = first_sent + answer.slack_s if answer.stamp else float("inf")
-        self._hand_out_permits(answer.attempt, answer.permits, answer.stamp, start_by)
+        together = [
+            self._permit(answer.attempt - alone - number, answer.stamp, start_by)
+            for number in range(answer.together)
+        ]
+        self._hand_out_permits(answer.attempt, alone, answer.stamp, start_by)
         self._hand_out_jobs(answer, start_by)
         self._watch_lease()
         for entry in call.heard:
@@ -381,6 +419,7 @@ class Pump:
             for waiter in self._contact:
                 _resolve(waiter)
             self._contact.clear()
+        return together
 
     def _remember_start(self, stamp: int) -> None:
         """While a start of ours is younger than the window, we remember the gate."""
@@ -427,9 +466,7 @@ class Pump:
 
     def _hand_out_permits(self, attempt: int, count: int, stamp: int, start_by: float) -> None:
         for number in range(attempt - count + 1, attempt + 1):
-            permit = Permit(self, number, stamp, start_by)
-            self._permits.add(permit)
-            self.held += 1
+            permit = self._permit(number, stamp, start_by)
             while self._waiters:
                 waiter = self._waiters.popleft()
                 if not waiter.done():
@@ -437,6 +474,12 @@ class Pump:
                     break
             else:
                 self.return_unused(permit)  # whoever asked for it was cancelled meanwhile
+
+    def _permit(self, attempt: int, stamp: int, start_by: float) -> Permit:
+        permit = Permit(self, attempt, stamp, start_by)
+        self._permits.add(permit)
+        self.held += 1
+        return permit
 
     def _hand_out_jobs(self, answer: Answer, start_by: float) -> None:
         if self._crew is None:
@@ -476,6 +519,17 @@ class Pump:
             self._lease_watch.cancel()
         for waiter in self._waiters:
             waiter.cancel()
+        alone = False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                alone = await self.calling.acquire()  # a call for several gates may be in flight
+        try:
+            await self._say_good_bye()
+        finally:
+            if alone:
+                self.calling.release()
+
+    async def _say_good_bye(self) -> None:
         if not self.joined:
             return
         self.joined = False
@@ -495,7 +549,3 @@ class Pump:
 def _resolve(waiter: asyncio.Future[None] | None) -> None:
     if waiter is not None and not waiter.done():
         waiter.set_result(None)
-
-
-class _NoValues(Exception):
-    """The limit is used for the first time, by a name without numbers."""

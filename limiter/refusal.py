@@ -44,7 +44,12 @@ class RateLimitHit(Exception):
         retry_after: seconds until the provider wants to be asked again; the text of a `Retry-After`
             header will do too. None if it did not say. The whole fleet waits so long, within a cap.
         source: who refused, for logs.
+
+    Attributes:
+        fed: a gate has learnt of it already, so that those around it need not.
     """
+
+    fed = False
 
     def __init__(
         self, message: str = "", retry_after: float | None = None, source: str | None = None
@@ -95,9 +100,28 @@ def recognised(
         if hint is not None:
             break
         hint = retry_after_s(link, moment, cap_s=cap_s)
-    if type(hit.retry_after) in (int, float, type(None)) and hit.retry_after == hint:
-        return hit
-    return RateLimitHit(hit.message, hint, hit.source)
+    if type(hit.retry_after) not in (int, float, type(None)) or hit.retry_after != hint:
+        hit = RateLimitHit(hit.message, hint, hit.source)
+    if any(peek(link, _FED) is True for link in links):
+        hit.fed = True
+    return hit
+
+
+_FED = "fed_to_a_gate_of_pocketfleet"
+
+
+def mark_fed(error: BaseException, hit: RateLimitHit) -> None:
+    """A gate has learnt of this refusal: `recognised` says so (`fed`) to whoever meets it further out."""
+    hit.fed = True
+    object.__setattr__(error, _FED, True)
+
+
+def hit_of(error: BaseException | None) -> RateLimitHit | None:
+    """The refusal that stands behind what leaves a block, also where a guarded node has recognised it."""
+    if error is None:
+        return None
+    known = peek(error, "hit")
+    return known if isinstance(known, RateLimitHit) else recognised(error)
 
 
 def _decided(links: list[Exception], overloaded: bool, hook: Hook | None, now: float) -> RateLimitHit | None:

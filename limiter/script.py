@@ -9,19 +9,23 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from redis.commands.core import AsyncScript, Script
 
-PARTS = {
-    "sync.lua": (
-        *("gate.lua", "override.lua", "heal.lua"),
-        *("call.lua", "trail.lua", "level.lua", "settle.lua", "admit.lua", "wake.lua"),
-    ),
-    "control.lua": ("gate.lua", "override.lua", "heal.lua"),
-}
+STEPS = (
+    *("gate.lua", "override.lua", "heal.lua"),
+    *("call.lua", "trail.lua", "level.lua", "settle.lua", "admit.lua", "wake.lua"),
+)
+PARTS = {"sync.lua": STEPS, "control.lua": ("gate.lua", "override.lua", "heal.lua")}
 SHARED = ("gate.lua",)
+WRAPPED = {"together.lua": ("open_gate", (*STEPS, "steps.lua"))}
+"""Scripts of several gates: what one gate needs is a function of that name of (KEYS, ARGV)."""
 
 
 @cache
 def source(path: Path) -> str:
     """The text of a script: the rules it shares or is made of, then the file itself."""
+    if path.name in WRAPPED:
+        name, inner = WRAPPED[path.name]
+        body = "\n".join(Path(__file__).with_name(each).read_text() for each in inner)
+        return f"local function {name}(KEYS, ARGV)\n{body}\nend\n{path.read_text()}"
     parts = [Path(__file__).with_name(name) for name in PARTS.get(path.name, SHARED)]
     return "\n".join(part.read_text() for part in (*parts, path))
 

@@ -18,7 +18,8 @@
 --                      took longer than the slack
 -- ARGV[16]  leave      1 = this process goes; it holds nothing any more
 -- ARGV[17]  reset      1 = the level goes back to its initial value; no start and no slot is forgotten
--- ARGV[18]  flows      how many names of flows follow; then per entry: id, attempt, flow's number, what, arg
+-- ARGV[18]  stand      1 = keep my place in line: somebody waits here for this gate and another at once
+-- ARGV[19]  flows      how many names of flows follow; then per entry: id, attempt, flow's number, what, arg
 --                      what = completed|failed|aborted|quarantined|lost (arg = outcome; with 'blob:' in
 --                      front it stands under blob:<b>:<i>:<attempt>) | result:<ms> (arg = arq's record)
 --                      | save (arg = checkpoint of a run that goes on, or is refused or handed back next)
@@ -29,10 +30,12 @@
 --
 -- Returns {header, override, ids refused, then per job: id, attempt, deaths, refused, backs, saved, payload}
 --   saved = its checkpoint, or 'beside' where it stands under kept:<b>:<i>
---   header 'status permits wait now birth started cut level in_use used stamp slack lease reason attempt',
+--   header 'status permits wait now birth started cut level in_use used stamp slack lease reason attempt
+--   together stands',
 --   and then, only if there is one, a note: !newer=<limits> or !older=<limits> (another living process
 --   brought these; the newer are in force) or !repaired=<fields> (they were poisoned); ',' for ' '
 --   status 0 = ok, 1 = you were unknown: nothing admitted, send your claims again with 'keep'
+--   together, stands: see together.lua; 0 in a call to this gate alone
 --   reason '-' | level | window | pacing | pause | cold | turn | jobs     why less than wanted was given
 -- A refusal burns no start and takes no slot; it may take a ticket.
 -- Cost: O(entries + jobs + log(processes) + log(queue)); nothing grows with workers or queue length.
@@ -50,7 +53,7 @@ reap()
 join()
 settle()
 roll_window()
-admit()
+take(places())
 queue_up()
 wake()
 return reply()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 SYNC = Path(__file__).with_name("sync.lua")
+TOGETHER = Path(__file__).with_name("together.lua")
 RENEW = Path(__file__).with_name("renew.lua")
 MOST = 1000
 """Entries and jobs of one call, each."""
@@ -66,6 +67,7 @@ class Call:
     returned: str = ""
     leave: bool = False
     reset: bool = False
+    stand: bool = False
     flows: Sequence[str] = ()
     entries: list[Entry] = field(default_factory=list)
     heard: list[Entry] = field(default_factory=list)
@@ -91,6 +93,7 @@ class Call:
             self.returned,
             1 if self.leave else 0,
             1 if self.reset else 0,
+            1 if self.stand else 0,
             len(self.flows),
             *self.flows,
         ]
@@ -122,6 +125,8 @@ class Answer:
     override: str
     refused: list[str]
     jobs: list[Claimed]
+    together: int = 0
+    stands: bool = False
 
 
 @dataclass(slots=True)
@@ -192,4 +197,17 @@ def read_answer(reply: Sequence[Any]) -> Answer:
         override=reply[1].decode(),
         refused=reply[2].decode().split(),
         jobs=jobs,
+        together=int(head[15]),
+        stands=head[16] == "1",
     )
+
+
+def together_argv(
+    calls: Sequence[Call], wanted: int, *, singles_first: bool, keep_us: int, now_us: int | None = None
+) -> list[Any]:
+    """ARGV of `together.lua` for one call per gate."""
+    args: list[Any] = [len(calls), wanted, 1 if singles_first else 0, keep_us]
+    for call in calls:
+        own = call.argv(now_us)
+        args += (len(own), *own)
+    return args

@@ -3,12 +3,14 @@
 -- When the next place comes free by itself, us; nil when only a release can free one.
 local function next_free()
   if now < gate.closed_until then return gate.closed_until end
-  if math.floor(state.level) - state.in_use <= 0 then return nil end
+  local places, starts = math.floor(state.level) - state.in_use, gate.rate > 0 and gate.rate - gate.used or math.huge
+  if places <= 0 then return nil end
   local due = now
   if gate.rate > 0 and gate.used >= gate.rate then
     due = math.min(tonumber(redis.call('LINDEX', STARTS, gate.used - gate.rate)), PARKED) + state.window
   end
   if gate.rate > 0 and state.even == 1 then due = math.max(due, state.next_start) end
+  if gate.kept > 0 and gate.kept >= math.min(places, starts, due_starts()) then due = math.max(due, state.kept_until) end
   return due
 end
 
@@ -155,10 +157,10 @@ end
 local function header()
   local wait, why = wait_us(), reason()
   if not call.leave then extend_lease() end
-  return string.format('%d %d %.0f %.0f %.0f %.0f %.0f %s %.0f %.0f %.0f %.0f %.0f %s %.0f',
+  return string.format('%d %d %.0f %.0f %.0f %.0f %.0f %s %.0f %.0f %.0f %.0f %.0f %s %.0f %d %d',
     gate.unknown and 1 or 0, gate.permits, wait, now, state.gen, call.started, state.cut, exact(state.level),
-    state.in_use, gate.used, gate.stamp, state.slack, record.ends - now, why, gate.permit_attempt)
-    .. (gate.note and ' !' .. string.gsub(gate.note, ' ', ',') or '')
+    state.in_use, gate.used, gate.stamp, state.slack, record.ends - now, why, gate.permit_attempt,
+    gate.together, gate.stands and 1 or 0) .. (gate.note and ' !' .. string.gsub(gate.note, ' ', ',') or '')
 end
 
 local function with_jobs(head, refused, claimed)

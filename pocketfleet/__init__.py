@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from limiter.errors import (
         AdmissionTimeout,
+        HeldAlready,
         LeaseLost,
         LimiterError,
         LimitsError,
         RedisRefused,
         SettingsError,
+        WaitCircle,
     )
     from limiter.limit import limit
     from limiter.operate import limits
@@ -34,6 +36,7 @@ __all__ = [
     "AdmissionTimeout",
     "FlowFailed",
     "FlowPresets",
+    "HeldAlready",
     "InputError",
     "LeaseLost",
     "LimiterError",
@@ -48,6 +51,7 @@ __all__ = [
     "TargetError",
     "ThrottledAsyncParallelBatchFlow",
     "ThrottledParallelBatchNode",
+    "WaitCircle",
     "WorkerError",
     "limit",
     "limits",
@@ -57,11 +61,13 @@ _ROOMS = ("limiter", "worker", "producer")
 _HOMES = {
     "limiter.errors": (
         "AdmissionTimeout",
+        "HeldAlready",
         "LeaseLost",
         "LimiterError",
         "LimitsError",
         "RedisRefused",
         "SettingsError",
+        "WaitCircle",
     ),
     "limiter.limit": ("limit",),
     "limiter.operate": ("limits",),

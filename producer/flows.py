@@ -12,6 +12,7 @@ from typing import Any
 from pocketflow import AsyncParallelBatchFlow
 
 from limiter.errors import LimitsError
+from limiter.held import refuse_held
 from limiter.limits import Limits, checked_count, checked_float, checked_name, checked_pacing
 from limiter.process import current_process
 from limiter.pump import Pump
@@ -221,7 +222,9 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
         refuse_while_importing("run_async")
         prepared = list(await self.prep_async(shared) or [])
         process = await current_process()
-        pump = process.pump(self.fleet_limits(self._own_name(), process.lease_s))
+        limits = self.fleet_limits(self._own_name(), process.lease_s)
+        refuse_held((limits.name,))
+        pump = process.pump(limits)
         if self._reset_asked:
             self._reset_asked = False
             pump.reset_level()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocketflow import AsyncFlow
 
+from limiter.held import hold, let_go
 from limiter.permit import Permit, acquire
 from limiter.pump import Pump
 from limiter.refusal import RateLimitHit, recognised
@@ -59,16 +60,20 @@ class LocalRun:
                 raise
 
     async def _admitted(self, params: dict[str, Any]) -> Any:
-        permit = await acquire(self._pump)
+        async with self._pump.process.circles.watched((self._pump.name,)):
+            permit = await acquire(self._pump)
+        holding = hold((self._pump.name,), self)
         try:
             action = await self._walked(permit, params)
         except (Refused, Exception) as error:
             hit = error.hit if isinstance(error, Refused) else self._recognise(error)
             if hit is None:
                 raise
-            self._pump.refuse(permit.attempt, hit.retry_after or 0.0)
+            if not hit.fed:  # else a gate inside the run has learnt of it
+                self._pump.refuse(permit.attempt, hit.retry_after or 0.0)
             raise hit from None
         finally:
+            let_go(holding)
             permit.release()
         self.completed += 1
         self.successes += 1

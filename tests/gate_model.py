@@ -62,11 +62,11 @@ class Gate:
         """Wake messages not yet taken: process, us to wait."""
         self.granted: list[tuple[str, Grant]] = []
         """Grants in wake messages, not yet taken by the ledger."""
-        self._collect()
+        self.collect()
 
     def sync(self, call: Call, now: int) -> list[Any]:
         reply: list[Any] = self._sync(keys=self.keys.all, args=call.argv(now))
-        self._collect()
+        self.collect()
         return reply
 
     def renew(self, process: str, now: int) -> int:
@@ -77,13 +77,13 @@ class Gate:
     ) -> list[int]:
         pairs: list[Any] = list(itertools.chain.from_iterable(items.items()))
         reply: list[int] = self._enqueue(keys=self.keys.all, args=["", now, batch, flow, spacing, *pairs])
-        self._collect()
+        self.collect()
         return reply
 
     def control(self, now: int, act: str, first: Any = "", second: Any = "", request: str = "") -> list[Any]:
         args = ["", now, act, "ana", request or f"r{next(self._requests)}", first, second]
         reply: list[Any] = self._control(keys=self.keys.all, args=args)
-        self._collect()
+        self.collect()
         return reply
 
     def events(self) -> list[tuple[str, str, str]]:
@@ -102,7 +102,7 @@ class Gate:
     def close(self) -> None:
         self._pubsub.close()
 
-    def _collect(self) -> None:
+    def collect(self) -> None:
         """What was published is read up to the answer of a ping, so none is late."""
         if not self._fake:
             self._pubsub.ping("end")
@@ -112,7 +112,8 @@ class Gate:
                 return
             if message["type"] == "pmessage":
                 limit, what = read_wake(message["data"])
-                assert limit == self.limit
+                if limit != self.limit:
+                    continue
                 process = message["channel"].decode().rpartition(":")[2]
                 if isinstance(what, Grant):
                     self.granted.append((process, what))
@@ -204,6 +205,8 @@ class Member:
     waits: bool = False
     wanted: int = 0
     """Permits it waits for, as it last said."""
+    stands: bool = False
+    """Whether it waits here for other gates too."""
     idle: tuple[str, ...] = ()
     raw: list[Any] = field(default_factory=list)
 
@@ -258,6 +261,10 @@ class Ledger:
         self.slack = self.slack_at = 0
         self.due = 0
         """With even pacing: when the next start is due."""
+        self.reserved: tuple[str, int] = ("", 0)
+        """For whom a place is kept free, and until when."""
+        self.withheld = 0
+        """Places of the call that is judged that are kept for others."""
         self.paced: list[tuple[int, int]] = []
         """With even pacing: when each start that stands was granted, and its stamp."""
 
@@ -403,8 +410,13 @@ class Ledger:
             record.next, record.counted = int(f"{place:.0f}"), True
         assert reply == [added, sum(index in record.done for index in items)], (reply, added)
 
-    def sync(self, call: Call, now: int, raw: list[Any]) -> Answer:
-        """Judge one reply and take over what it changed."""
+    def is_new(self, call: Call) -> bool:
+        """Whether the call is not one that was answered before."""
+        member = self.members.get(call.process)
+        return member is None or call.seq > member.seq
+
+    def sync(self, call: Call, now: int, raw: list[Any], *, together: int | None = None) -> Answer:
+        """Judge one reply and take over what it changed. `together`: permits wanted with another gate's."""
         self.counts["calls"] += 1
         self.pushed = []
         me, member = call.process, self.members.get(call.process)
@@ -437,7 +449,10 @@ class Ledger:
         self._adapt(call, before, now)
         self._return_stamps(call, now)
         self._release_due(now)
-        self._grants(call, member, answer, unknown, now)
+        self._find_kept(call, together is not None, now)
+        self._grants(call, member, answer, unknown, now, several=together is not None)
+        if together is not None:
+            self._take_over_kept(call, answer, together, now)
         self._pushes(call, round(answer.slack_s * 1e6), now)
         self._header(answer, now)
         member.seq, member.raw = call.seq, raw
@@ -626,12 +641,32 @@ class Ledger:
             if item.state == "delayed" and item.due <= now:
                 item.state = "waiting"
 
-    def _grants(self, call: Call, member: Member, answer: Answer, unknown: bool, now: int) -> None:
+    def _find_kept(self, call: Call, several: bool, now: int) -> None:
+        """A kept place ends with its time, its process, or a call of that for several gates, or for none."""
+        name, until = self.reserved
+        mine = name == call.process and (several or not call.stand)
+        if mine or now >= until or name not in self.members:
+            self.reserved = ("", 0)
+        self.withheld = int(bool(self.reserved[0]))
+
+    def _take_over_kept(self, call: Call, answer: Answer, together: int, now: int) -> None:
+        """Whose turn it was only the script knows; a place is kept where one is free and another gate refuses."""
+        state = json.loads(self.gate.client.hget(self.gate.keys.gate, "state"))  # type: ignore[arg-type]
+        number = int(self.gate.client.hget(self.gate.keys.gate, f"p:{call.process}").split()[0])  # type: ignore
+        if int(state["kept_for"]) == number and now < state["kept_until"]:
+            assert not self.reserved[0] and not answer.stands and answer.together < together
+            assert self.free(now) >= 1, "a place is kept where none is free"
+            self.reserved = (call.process, int(state["kept_until"]))
+            self.withheld = 1
+
+    def _grants(
+        self, call: Call, member: Member, answer: Answer, unknown: bool, now: int, *, several: bool = False
+    ) -> None:
         flows = tuple(call.flows)
-        free, line = max(0, self.free(now)), self.waiting(flows)
+        free, line = max(0, self.free(now) - self.withheld), self.waiting(flows)
         given = answer.permits + len(answer.jobs)
         assert given <= free, f"{given} granted, {free} free"
-        assert answer.permits <= call.permits and len(answer.jobs) <= call.jobs
+        assert answer.permits - answer.together <= call.permits and len(answer.jobs) <= call.jobs
         assert not (unknown or call.leave) or given == 0, "one that is unknown or leaves was admitted"
         self.attempt += answer.permits
         taken = self._claims(call, answer, line)
@@ -639,13 +674,15 @@ class Ledger:
         wanted_jobs = 0 if unknown else call.jobs
         could = min(free, wanted_permits + min(wanted_jobs, len(line)))
         others = any(m.waits for name, m in self.members.items() if name != call.process)
-        if not others and not call.leave:
+        if not others and not call.leave and not several:
             taken_all = answer.permits + taken
             assert taken_all == could, f"nobody else waits, and {taken_all} of {could} were given"
         left = len(line) > taken
-        member.waits = answer.permits < wanted_permits or (left and taken < wanted_jobs)
+        alone = answer.permits - answer.together
+        member.stands = answer.stands or call.stand
+        member.waits = member.stands or alone < wanted_permits or (left and taken < wanted_jobs)
         # one that was refused jobs as well has to call for them: permits alone would not do
-        member.wanted = 0 if left and wanted_jobs else call.permits - answer.permits
+        member.wanted = 0 if left and wanted_jobs else call.permits - alone
         member.idle = flows if not left and len(answer.jobs) < wanted_jobs and not call.leave else ()
         member.held += given
         self.counts["grants"] += given
@@ -669,8 +706,11 @@ class Ledger:
         for name, grant in self.pushed:
             member = self.members[name]
             assert name != call.process and member.waits, f"{name} was granted what it does not wait for"
+            assert not member.stands, f"{name} waits for another gate too, and was granted this one alone"
             assert 0 < grant.count <= member.wanted, f"{grant.count} pushed, {member.wanted} wanted"
-            assert grant.count <= self.free(now), f"{grant.count} pushed, {self.free(now)} free"
+            assert grant.count <= self.free(now) - self.withheld, (
+                f"{grant.count} pushed, {self.free(now)} free"
+            )
             share = math.ceil(math.floor(self.level) / max(1, busy))
             assert member.held + grant.count <= share, f"{name} was pushed beyond its fair share"
             assert (grant.seq, grant.now) == (member.seq, now)

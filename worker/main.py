@@ -18,7 +18,7 @@ from limiter.client import checked_connection, open_retrying_client
 from limiter.connect import Place, find_redis
 from limiter.errors import LimiterError, RedisRefused
 from limiter.keys import ROOT, wake_channel
-from limiter.process import Process, open_process
+from limiter.process import Process, adopt, open_process
 from limiter.settings import load
 from worker import output
 from worker.client import arq_settings
@@ -113,6 +113,7 @@ async def _take_over(ctx: dict[Any, Any], settings: Settings, place: Place) -> N
         process = await open_checked(settings, place)
     except (LimiterError, WorkerError) as error:
         end(error)
+    adopt(process)
     output.prefix_items(settings.log_level)
     worker = ctx["worker"] = FleetWorker(
         process,

@@ -8,11 +8,9 @@ from typing import Any
 
 from pocketflow import AsyncNode, AsyncParallelBatchNode
 
-from limiter.limits import Limits, checked_name
-from limiter.permit import acquire
+from limiter.limit import limit as block
+from limiter.limits import Limits, checked_count, checked_name, checked_pacing
 from limiter.process import current_process
-from limiter.pump import Pump
-from limiter.refusal import recognised
 
 
 class ThrottledParallelBatchNode(AsyncParallelBatchNode):  # type: ignore[type-arg]
@@ -20,13 +18,17 @@ class ThrottledParallelBatchNode(AsyncParallelBatchNode):  # type: ignore[type-a
 
     Class attributes, each also a keyword:
         max_concurrent, max_per_minute: items at a time and starts in any 60 s, in the whole fleet.
+        pacing: "burst" (starts as fast as the minute allows) or "even" (spread over it).
         limit: name of the limit; default: module and name of the node's class.
+
+    A provider's refusal of an item is told to this limit, not to the flow's; the run goes back and resumes.
     """
 
     max_concurrent: int = 5
     max_per_minute: int | None = None
+    pacing: str = "burst"
     limit: str | None = None
-    _keywords: tuple[str, ...] = ("max_concurrent", "max_per_minute", "limit")
+    _keywords: tuple[str, ...] = ("max_concurrent", "max_per_minute", "pacing", "limit")
 
     def __init__(self, max_retries: int = 1, wait: int = 0, **values: Any) -> None:
         super().__init__(max_retries, wait)
@@ -49,14 +51,15 @@ class ThrottledParallelBatchNode(AsyncParallelBatchNode):  # type: ignore[type-a
         return Limits(
             self._limit_name(),
             max_concurrent=self.max_concurrent,
-            max_per_window=self.max_per_minute,
+            max_per_window=checked_count(self.max_per_minute, "max_per_minute", none_ok=True),
+            even=checked_pacing(self.pacing, self.max_per_minute),
             lease_s=lease_s,
         )
 
     async def _exec(self, items: Any) -> list[Any]:  # type: ignore[override]
         process = await current_process()
-        pump = process.pump(self._limits(process.lease_s))
-        tasks = [asyncio.ensure_future(self._gated(pump, each)) for each in items or []]
+        gate = block.of(self._limits(process.lease_s))
+        tasks = [asyncio.ensure_future(self._gated(gate, each)) for each in items or []]
         try:
             return list(await asyncio.gather(*tasks))
         except BaseException:
@@ -66,22 +69,9 @@ class ThrottledParallelBatchNode(AsyncParallelBatchNode):  # type: ignore[type-a
             await asyncio.gather(*tasks, return_exceptions=True)
             raise
 
-    async def _gated(self, pump: Pump, item: Any) -> Any:
-        permit = await acquire(pump)
-        permit.bind(asyncio.current_task())
-        try:
-            result = await AsyncNode._exec(self, item)
-        except BaseException as error:
-            hit = getattr(error, "hit", None) or recognised(error)
-            if hit is not None:
-                pump.refuse(permit.attempt, hit.retry_after or 0.0)
-            raise
-        else:
-            pump.succeed(permit.attempt)
-            return result
-        finally:
-            permit.bind(None)
-            permit.release()
+    async def _gated(self, gate: block, item: Any) -> Any:
+        async with gate:
+            return await AsyncNode._exec(self, item)
 
 
 class AdaptiveThrottledNode(ThrottledParallelBatchNode):
@@ -111,7 +101,8 @@ class AdaptiveThrottledNode(ThrottledParallelBatchNode):
         return Limits(
             self._limit_name(),
             max_concurrent=self.max_concurrent,
-            max_per_window=self.max_per_minute,
+            max_per_window=checked_count(self.max_per_minute, "max_per_minute", none_ok=True),
+            even=checked_pacing(self.pacing, self.max_per_minute),
             min_concurrent=self.min_concurrent,
             initial_concurrent=self.initial_concurrent,
             backoff_factor=self.backoff_factor,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from limiter.held import Waits, hold, let_go, waits
 from limiter.sync import Claimed, Entry
 from worker.clock import Clock
 from worker.contract import COMPLETED, FAILED, Failure, Job, Outcome, decode_job, encode_outcome, split_job_id
@@ -69,6 +70,7 @@ class Run:
         "task",
         "thread",
         "timings",
+        "waits",
     )
 
     def __init__(self, crew: Crew, claimed: Claimed, start_by: float, stamp: int) -> None:
@@ -87,6 +89,7 @@ class Run:
         self.timings: list[tuple[str, float]] = []
         self.thread: RunThread | None = None
         self.task: asyncio.Task[None] | None = None
+        self.waits = Waits()
         _, self.batch, self.index = split_job_id(claimed.id)
 
     @property
@@ -97,6 +100,7 @@ class Run:
         """End the run at its next await. A thread of it is waited for, and one that is handed back keeps
         what the node in its thread has done: it ends before the next node."""
         self.ending = ending
+        self.waits.stop()
         if ending == "hand" and self.thread is not None and self.thread.busy:
             return
         if self.task is not None and self.started:
@@ -117,7 +121,12 @@ class Run:
                 self._give_back_unstarted()
             else:
                 item.set(f"{self.batch}:{self.index}")
-                await self._execute(base)
+                waits.set(self.waits)
+                holding = hold((self.pump.name,), self)
+                try:
+                    await self._execute(base)
+                finally:
+                    let_go(holding)
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError) and self.ending:
                 self._leave_as_saved()  # stopped while it was on its way to the gate
@@ -256,7 +265,8 @@ class Run:
         hit, answer = refused.hit, self.pump.answer
         now_s = answer.now / 1e6 if answer else 0.0
         counted = self.keeping.counted = self.keeping.counted.refused_again(now_s, hit.retry_after or 0.0)
-        self.pump.refuse(self.claimed.attempt, hit.retry_after or 0.0)
+        if not hit.fed:  # else a gate inside the run has learnt of it, and the flow's level stays
+            self.pump.refuse(self.claimed.attempt, hit.retry_after or 0.0)
         if now_s - counted.refused_at - counted.forgiven_s > served.flow.refusal_patience_s:
             for_s = served.flow.refusal_patience_s
             text = f"refused for longer than refusal_patience_s={for_s:g}: {hit}"
