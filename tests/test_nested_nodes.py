@@ -75,18 +75,20 @@ def state_of(site: Site, limit: str) -> dict[str, Any]:
 
 def run(site: Site, flow: str, count: int, workers: int = 2, **env: Any) -> list[Any]:
     """The outcomes of `count` items on that many worker processes."""
-    site.enqueue(f"nodes:{flow}", [{"i": i} for i in range(count)])
     for _ in range(workers):
         site.pocketfleet("worker", f"nodes:{flow}", "--max-jobs", "4", **env)
+    with site.client() as client:
+        until(lambda: client.zcard(GateKeys(f"nodes.{flow}").leases) == workers, "all of them are there")
+    site.enqueue(f"nodes:{flow}", [{"i": i} for i in range(count)])
     return site.ended(f"nodes:{flow}", count)
 
 
 def test_a_node_class_holds_its_limit_across_copies_flows_and_processes() -> None:
     with fleet.site({"nodes.py": NODES}) as site:
         for flow in ("one", "two"):
-            site.enqueue(f"nodes:{flow}", [{"i": i} for i in range(8)], batch=flow)
-        for flow in ("one", "two"):
             site.pocketfleet("worker", f"nodes:{flow}", "--max-jobs", "8")
+        for flow in ("one", "two"):
+            site.enqueue(f"nodes:{flow}", [{"i": i} for i in range(8)], batch=flow)
         for flow in ("one", "two"):
             ended = site.ended(f"nodes:{flow}", 8, batch=flow)
             assert Counter(each.outcome.status for each in ended) == {"completed": 8}
