@@ -20,6 +20,7 @@ from limiter.keys import GateKeys
 from limiter.limit import limit
 from limiter.limits import Limits
 from limiter.sync import Answer, Call, Entry, read_answer
+from tests.test_limiter_permit import held_elsewhere
 
 S = 1_000_000
 LIMITS = Limits("L", 8, 100, min_concurrent=1, initial_concurrent=4, window_s=10)
@@ -235,7 +236,7 @@ def test_a_poisoned_gate_is_mended_by_whoever_meets_it_with_one_warning(
 ) -> None:
     async def go(client: redis.Redis) -> int:
         name = f"{GateKeys('x').root}{key}"
-        async with limit("x", max_concurrent=2):
+        async with held_elsewhere("x", max_concurrent=2):
             if poison == "text":
                 client.delete(name)
                 client.set(name, "text")
