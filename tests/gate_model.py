@@ -600,7 +600,7 @@ class Ledger:
 
     def _grow(self, successes: int, top: float) -> None:
         """By the rule of the limit, but not to what was refused before enough rounds of successes came."""
-        _, _, _, _, _, _, _, threshold, factor, additive = self.limits
+        _, _, _, _, _, _, _, threshold, factor, additive, *_ = self.limits
         self.oks += successes
         self.rounds += successes / self.level
         wanted = self.level
