@@ -121,7 +121,9 @@ def test_a_node_that_waits_for_a_gate_for_longer_than_a_lease_keeps_its_run() ->
     with fleet.site({"nodes.py": NODES}) as site:
         ended = run(site, "waits", 4, POCKETFLEET_LEASE_S=1)
         assert Counter(each.outcome.status for each in ended) == {"completed": 4}
-        assert not any(each.outcome.attempts.get("deaths") for each in ended), "no run was taken from a living process"
+        assert not any(each.outcome.attempts.get("deaths") for each in ended), (
+            "no run was taken from a living process"
+        )
         assert site.ledger.items("start") == Counter({str(i): 1 for i in range(4)})
         assert site.ledger.peak() == 1
 
