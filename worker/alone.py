@@ -54,14 +54,14 @@ def run_of(crew: Crew, claimed: Claimed, start_by: float, stamp: int) -> Run:
 class LoneRun(Run):
     """One attempt in a process of its own, seen from the worker."""
 
-    __slots__ = ("_child", "_kept")
+    __slots__ = ("_child", "_saved")
 
     def __init__(self, crew: Crew, claimed: Claimed, start_by: float, stamp: int, served: ServedFlow) -> None:
         super().__init__(crew, claimed, start_by, stamp)
         self.served = served
         self.flow_number = crew.flows.index(served.name) + 1
         self._child: Child | None = None
-        self._kept = claimed.saved
+        self._saved = claimed.saved
 
     def stop(self, ending: Ending) -> None:
         """Have it leave; one that is no longer ours, or does not leave, is killed."""
@@ -104,7 +104,7 @@ class LoneRun(Run):
         self.pump.return_job(entry, self.stamp, late=False)
 
     async def _watch(self, child: Child, base: bytes) -> None:
-        claimed, kept = self.claimed, self._kept
+        claimed, kept = self.claimed, self._saved
         if kept == BESIDE:
             kept = await fetch(self, GateKeys(self.pump.name).kept(self.batch, self.index))
         began = time.time()
@@ -142,7 +142,7 @@ class LoneRun(Run):
         if what == "save":
             flow_number, how, arg = args
             await self.pump.save(Entry(self.claimed.id, self.claimed.attempt, flow_number, how, arg))
-            self._kept = arg if how == "save" else BESIDE
+            self._saved = arg if how == "save" else BESIDE
         self.node = args[0] if what == "contact" else self.node
         while not self.pump.safe:
             await self.pump.contact()
@@ -167,7 +167,7 @@ class LoneRun(Run):
         settle(self, "died", first=await save_entry(self, encode_checkpoint(counted)))
 
     async def _counted(self) -> Checkpoint:
-        kept = self._kept
+        kept = self._saved
         if kept == BESIDE:
             kept = await fetch(self, GateKeys(self.pump.name).kept(self.batch, self.index))
         return read_checkpoint(kept) or Checkpoint()

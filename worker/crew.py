@@ -60,7 +60,7 @@ class Crew:
         way to the gate while the rest runs."""
         loop = asyncio.get_running_loop()
         for run in runs[:SLICE]:
-            run.task = loop.create_task(run.execute())
+            run.task = asyncio.Task(run.execute(), loop=loop)  # past the factory, which is for users' tasks
         if len(runs) > SLICE:
             loop.call_soon(self._start, runs[SLICE:])
 

@@ -56,6 +56,7 @@ class Run:
         "clock",
         "crew",
         "ending",
+        "first",
         "flow_number",
         "index",
         "keeping",
@@ -70,6 +71,7 @@ class Run:
         "task",
         "thread",
         "timings",
+        "untouched",
         "waits",
     )
 
@@ -84,6 +86,9 @@ class Run:
         self.flow_number = 1
         self.served: ServedFlow | None = None
         self.shared: dict[Any, Any] = {}
+        self.untouched: dict[Any, Any] = {}
+        self.keeping: Keeping | None = None
+        self.first: NodeStep | None = None
         self.step: NodeStep | None = None
         self.clock: Clock | None = None
         self.timings: list[tuple[str, float]] = []
@@ -163,8 +168,9 @@ class Run:
         if len(self.crew.flows) > 1:
             self.flow_number = self.crew.flows.index(job.flow) + 1
             self.pump.of_flow(self.claimed.id, self.flow_number)
-        untouched = fresh_store(base)
-        self.keeping = Keeping(self, self.crew.savers[job.flow], untouched)
+        self.untouched = fresh_store(base)
+        if self.claimed.saved or self.crew.savers[job.flow].saves:
+            self.keeping = Keeping(self, self.crew.savers[job.flow], self.untouched)
         outcome: Outcome | None
         try:
             outcome = await self._outcome(served, job, base)
@@ -173,13 +179,14 @@ class Run:
             await self._end_thread()
             outcome = await self._go_back(served, refused)
         if outcome is None:
-            await self._give_up()
+            await self._give_up(served)
             return
-        outcome.difference, outcome.left_behind = difference(untouched, self.shared)
+        outcome.difference, outcome.left_behind = difference(self.untouched, self.shared)
         outcome.nodes = self.timings
-        outcome.attempts = attempts_of(self.claimed, self.keeping.counted.died_alone)
-        if self.keeping.note:
-            outcome.notes = [self.keeping.note]
+        if self.claimed.deaths or self.claimed.refusals or self.claimed.hand_backs:
+            keeping = self._kept(served)
+            outcome.attempts = attempts_of(self.claimed, keeping.counted.died_alone)
+            outcome.notes = [keeping.note] if keeping.note else []
         outcome.host, outcome.started, outcome.ended = HOST, started, time.time()
         await record(self, outcome, served, job)
 
@@ -191,7 +198,7 @@ class Run:
         """
         try:
             if self.claimed.saved:
-                self.shared, start = await self.keeping.begin(base, job)
+                self.shared, start = await self._kept(served).begin(base, job)
             else:
                 self.shared, start = fresh_store(base), None
             if served.flow.flow_timeout_s is not None:
@@ -233,22 +240,25 @@ class Run:
         if self.clock is not None:
             self.clock.stop()
         first = self.step is None
-        if not first and self.step is not None and self.step.part == "node":
+        if self.step is None:
+            self.first = step
+        elif self.step.part == "node":
             self.pump.succeed(self.claimed.attempt)  # the node before this one has ended well
         self.step = step
         self.node = type(step.node).__name__
         keeping = self.keeping
-        if first:
-            keeping.step = step
-        elif keeping.saves:
-            await keeping.before(step, self.shared)
+        if keeping is not None:
+            if first:
+                keeping.step = step
+            elif keeping.saves:
+                await keeping.before(step, self.shared)
         while not self.pump.safe:
             await self.pump.contact()
         if self.ending or (self.clock is not None and self.clock.ran_out):
             raise asyncio.CancelledError
         if step.part == "node":
-            resumed = keeping.resumed
-            if first and resumed is not None and resumed.returned:
+            resumed = keeping.resumed if first and keeping is not None else None
+            if resumed is not None and resumed.returned:
                 guard(
                     step.node,
                     recognise=self.recognise,
@@ -264,7 +274,8 @@ class Run:
         """A refused run goes back to its place and resumes there; it is not a failure and not a try."""
         hit, answer = refused.hit, self.pump.answer
         now_s = answer.now / 1e6 if answer else 0.0
-        counted = self.keeping.counted = self.keeping.counted.refused_again(now_s, hit.retry_after or 0.0)
+        keeping = self._kept(served)
+        counted = keeping.counted = keeping.counted.refused_again(now_s, hit.retry_after or 0.0)
         if not hit.fed:  # else a gate inside the run has learnt of it, and the flow's level stays
             self.pump.refuse(self.claimed.attempt, hit.retry_after or 0.0)
         if now_s - counted.refused_at - counted.forgiven_s > served.flow.refusal_patience_s:
@@ -274,7 +285,7 @@ class Run:
         delay_s = hit.retry_after or min(LONGEST_DELAY_S, FIRST_DELAY_S * 2 ** min(self.claimed.refusals, 10))
         if not hit.retry_after:
             delay_s *= random.uniform(0.5, 1.0)
-        first = await self.keeping.refused(self.step, self.shared, refused)
+        first = await keeping.refused(self.step, self.shared, refused)
         log.info("run.refused job=%s node=%s again_in_s=%.1f", self.claimed.id, self.node, delay_s)
         settle(self, "refuse", round(delay_s * 1e6), first)
         self.ending = "refused"
@@ -297,15 +308,22 @@ class Run:
             except asyncio.CancelledError:
                 continue
 
+    def _kept(self, served: ServedFlow) -> Keeping:
+        """The run's checkpoints; most runs of one node never need them."""
+        if self.keeping is None:
+            self.keeping = Keeping(self, self.crew.savers[served.name], self.untouched)
+            self.keeping.step = self.first
+        return self.keeping
+
     def _give_back_unstarted(self) -> None:
         if self.ending != "lost":
             entry = Entry(self.claimed.id, self.claimed.attempt, self.flow_number, "back")
             self.pump.return_job(entry, self.stamp, late=not self.ending)
 
-    async def _give_up(self) -> None:
+    async def _give_up(self, served: ServedFlow) -> None:
         """It was stopped: handed back it takes with it what the gate does not know yet."""
         if self.ending == "hand":
-            settle(self, "hand", first=await self.keeping.handed_back(self.step, self.shared))
+            settle(self, "hand", first=await self._kept(served).handed_back(self.step, self.shared))
 
     def _leave_as_saved(self) -> None:
         if self.ending == "hand":
