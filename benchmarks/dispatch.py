@@ -108,7 +108,7 @@ async def send(count: int, per_s: float) -> list[int]:
 
     async def one(number: int) -> Any:
         payload = encode_job(FLOW, {"i": number}, 0)
-        return await add(keys=keys, args=["", "", batch, FLOW, SPACING, number, payload])
+        return await add(keys=keys, args=["", "", batch, FLOW, SPACING, 0, "", number, payload])
 
     try:
         return await send_at(per_s, count, one)

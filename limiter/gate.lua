@@ -10,7 +10,8 @@
 -- KEYS[7]  flows     set     flows whose workers have called
 -- KEYS[8]  override  string  the operator's word, see override.lua
 -- Beside them, computed: queue:<flow>, idle:<flow>, saved, kept:<b>:<i>, events (what happened, see `event`),
--- samples (what the fleet did, see trail.lua), batch:<b>, done:<b>, out:<b>; all in one slot.
+-- samples (what the fleet did, see trail.lua), blob:<b>:<i>:<a> (an outcome too large for a call, until it is
+-- recorded) and the keys OF_BATCH; all in one slot.
 --
 -- ARGV[1]  process  id of the calling pump ('' for a producer)
 -- ARGV[2]  now      us; '' takes Redis' own TIME (tests pass a time)
@@ -207,6 +208,18 @@ local function extend_after_stall(state, now)
     if extended > 0 then event(now, 'stall', 'no call arrived', '0', exact(gap / 1000000), 'redis') end
   end
   state.last = now
+end
+
+-- What a batch has for itself lives until its end and then its own `keep`, ms.
+local OF_BATCH = { 'batch:', 'done:', 'out:', 'base:', 'blobs:', 'retries:' }
+
+local function expire_batch(name)
+  local keep = redis.call('HGET', ROOT .. 'batch:' .. name, 'keep') or WEEK
+  for _, each in ipairs(OF_BATCH) do redis.call('PEXPIRE', ROOT .. each .. name, keep) end
+end
+
+local function persist_batch(name)
+  for _, each in ipairs(OF_BATCH) do redis.call('PERSIST', ROOT .. each .. name) end
 end
 
 local function queue_of(flow) return ROOT .. 'queue:' .. flow end

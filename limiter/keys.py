@@ -16,11 +16,20 @@
 | events | stream | what happened to the limit, about 1,000 entries | 7 days after the last entry |
 | samples | list | 'time admissions peak level' every 5 s in which somebody calls, 240 of them | as gate |
 | override | string | the operator's values and pause | none while something in it lasts, then 7 days |
-| batch:B, done:B, out:B, base:B | hash, bitmap, stream, string | a batch: counts, done bits, outcomes, shared store | deleted by the producer, else 7 days after its last outcome |
+| batch:B, done:B, out:B, base:B | hash, bitmap, stream, string | a batch: counts, done bits, outcomes, shared store | its own `keep` (POCKETFLEET_KEEP_S, 7 days by default) after its last outcome |
+| blobs:B, retries:B | hash | outcomes too large for a call, 'index:attempt' -> outcome; item -> how often it was retried | as batch:B |
 | kept:B:I | string | a checkpoint too large for a call | until the job is done |
-| blob:B:I:A | string | an outcome too large for a call (`kept:B:I:A`: a checkpoint, until its call is heard) | 7 days |
+| blob:B:I:A, kept:B:I:A | string | an outcome, a checkpoint too large for a call, until its call is heard | 7 days |
 | arq:job:ID, arq:in-progress:ID | string | payload; claimed by | until done; while claimed |
 | arq:result:ID | string | arq's result record, where a flow sets `keep_result_s` | that long |
+
+Beside the limits, without a tag:
+
+| key | type | holds | lifetime |
+| --- | --- | --- | --- |
+| pocketfleet:batches | hash | batch -> its limit and flow | none: every enqueue and `batch list` drop those that are gone |
+| pocketfleet:workers, pocketfleet:worker:P | zset, string | workers that live | a few leases of silence |
+| pocketfleet:health:HOST, pocketfleet:control... | string | what arq's host process says of itself | a few leases of silence |
 """
 
 from __future__ import annotations
@@ -31,7 +40,7 @@ WORKERS = ROOT + "workers"
 
 
 def wake_channel(process: str) -> str:
-    """The pub/sub channel on which one process is woken; the message is '<limit>'."""
+    """The pub/sub channel on which one process is woken: '<limit> <us to wait>', '<limit> abort <attempt> <job>'."""
     return f"{ROOT}wake:{process}"
 
 
@@ -95,3 +104,20 @@ class GateKeys:
 
     def blob(self, batch: str, index: int, attempt: int) -> str:
         return f"{self.root}blob:{batch}:{index}:{attempt}"
+
+    def blobs(self, batch: str) -> str:
+        return f"{self.root}blobs:{batch}"
+
+    def retries(self, batch: str) -> str:
+        return f"{self.root}retries:{batch}"
+
+    def of_batch(self, batch: str) -> list[str]:
+        """Every key that a batch has for itself."""
+        return [
+            self.batch(batch),
+            self.done(batch),
+            self.out(batch),
+            self.base(batch),
+            self.blobs(batch),
+            self.retries(batch),
+        ]

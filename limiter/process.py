@@ -29,7 +29,7 @@ from limiter.line import Line
 from limiter.pump import Pump
 from limiter.renewal import Renewal
 from limiter.settings import FleetSettings, load
-from limiter.sync import Grant
+from limiter.sync import Abort, Grant
 from limiter.together import Joint
 from limiter.wake import WakeCalls
 
@@ -169,10 +169,16 @@ class Process:
         while self._closers:
             self._closers.pop()()
 
-    def _ring(self, limit: str, what: float | Grant) -> None:
+    def _ring(self, limit: str, what: float | Grant | Abort) -> None:
         pump = self.pumps.get(limit)
-        if pump is not None:
-            pump.granted(what) if isinstance(what, Grant) else pump.wake(what)
+        if pump is None:
+            return
+        if isinstance(what, Grant):
+            pump.granted(what)
+        elif isinstance(what, Abort):
+            pump.abort(what)
+        else:
+            pump.wake(what)
 
     def _ask_all(self) -> None:
         for pump in self.pumps.values():

@@ -24,7 +24,7 @@ from limiter.limits import Limits, shown_values
 from limiter.line import Line
 from limiter.news import News
 from limiter.permit import Permit
-from limiter.sync import OK, SYNC, UNKNOWN, Answer, Call, Claimed, Entry, Grant, read_answer
+from limiter.sync import OK, SYNC, UNKNOWN, Abort, Answer, Call, Claimed, Entry, Grant, read_answer
 from limiter.together import no_values
 
 if TYPE_CHECKING:
@@ -56,6 +56,9 @@ class Crew(Protocol):
 
     def lease_lost(self) -> None:
         """The lease is down to its margin, and no answer came."""
+
+    def abort(self, job: str) -> None:
+        """Its batch was cancelled: stop the run, its slot is held until it has ended."""
 
 
 class Pump:
@@ -222,6 +225,12 @@ class Pump:
         self._watch_lease()
         if len(self._waiters) > self._known_waiters:
             self.kick()
+
+    def abort(self, abort: Abort) -> None:
+        """The batch of a claim was cancelled; a claim that is over or another attempt stays as it is."""
+        claim = self._claims.get(abort.job)
+        if claim is not None and claim.attempt == abort.attempt and self._crew is not None:
+            self._crew.abort(abort.job)
 
     @property
     def safe(self) -> bool:

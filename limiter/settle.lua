@@ -52,10 +52,10 @@ local function record_outcome(id, attempt, status, outcome)
   batch.ended = batch.ended + 1
 end
 
--- Keys of a batch live until the producer deletes them, else a week after its last outcome.
+-- Keys of a batch live until the producer deletes them, else as long after its last outcome as it says.
 local function close_batches()
   for name, batch in pairs(batches) do
-    local key, done, out = ROOT .. 'batch:' .. name, ROOT .. 'done:' .. name, ROOT .. 'out:' .. name
+    local key, done = ROOT .. 'batch:' .. name, ROOT .. 'done:' .. name
     if #batch.bits > 0 then redis.call('BITFIELD', done, unpack(batch.bits)) end
     local left = tonumber(redis.call('HGET', key, 'left') or '')
     if left then
@@ -63,7 +63,7 @@ local function close_batches()
       left = redis.call('HINCRBY', key, 'left', -batch.ended)
     end
     if not left or left <= 0 then
-      for _, each in ipairs({ key, done, out, ROOT .. 'base:' .. name }) do redis.call('PEXPIRE', each, WEEK) end
+      expire_batch(name)
     end
   end
 end
@@ -177,12 +177,24 @@ local function job_of(i, known, text)
   return job
 end
 
+-- An outcome too large for a call was stored first, for a week; recorded, it lives as long as its batch.
+local function keep_blob(id, attempt)
+  local name, index = parts(id)
+  local key = ROOT .. 'blob:' .. name .. ':' .. index .. ':' .. attempt
+  local outcome = redis.call('GET', key)
+  if outcome then
+    redis.call('HSET', ROOT .. 'blobs:' .. name, index .. ':' .. attempt, outcome)
+    redis.call('DEL', key)
+  end
+end
+
 local function settle_entry(i, job)
   local id, attempt, what, arg = ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 3], ARGV[i + 4]
   if not job or job.attempt ~= attempt then return false end
   local status = ENDED[what] and what or string.match(what, '^blob:(.+)$')
   if status then
     record_outcome(id, ARGV[i + 1], status, arg)
+    if status ~= what then keep_blob(id, ARGV[i + 1]) end
     forget(id, job.flow)
     drop_saved(id, job)
   elseif SETTLE[what] then

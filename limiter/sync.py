@@ -145,15 +145,27 @@ class Grant:
     now: int
 
 
-def read_wake(message: bytes) -> tuple[str, float | Grant]:
-    """A wake message: the limit, and in how many seconds to call or what is granted.
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """The batch of a claim was cancelled: its run is to end. Another attempt of the job stays as it is."""
+
+    attempt: int
+    job: str
+
+
+def read_wake(message: bytes) -> tuple[str, float | Grant | Abort]:
+    """A wake message: the limit, and in how many seconds to call, what is granted, or which run is to end.
 
     >>> read_wake(b"users 1500000")
     ('users', 1.5)
     >>> read_wake(b"users grant 7 2 1000000900 0 250000 1000000000")
     ('users', Grant(seq=7, count=2, attempt=1000000900, stamp=0, slack_s=0.25, now=1000000000))
+    >>> read_wake(b"users abort 1000000900 {users}:b:7")
+    ('users', Abort(attempt=1000000900, job='{users}:b:7'))
     """
     limit, *words = message.decode().split(" ")
+    if words[0] == "abort":
+        return limit, Abort(int(words[1]), words[2])
     if words[0] != "grant":
         return limit, int(words[0]) / 1e6
     seq, count, attempt, stamp, slack, now = map(int, words[1:])

@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from limiter.keys import wake_channel
-from limiter.sync import Grant, read_wake
+from limiter.sync import Abort, Grant, read_wake
 
 log = logging.getLogger("pocketfleet.limiter")
 
@@ -23,7 +23,7 @@ DEAD_AFTER_S = 7.0
 
 
 class WakeCalls:
-    """Listens on the process' channel and passes each message to `ring`: the limit, and when to call or a grant.
+    """Listens on the process' channel and passes each message to `ring`: the limit, and when to call, a grant or an abort.
 
     A half-open connection shows as silence: after 4 silent seconds it is pinged, after 7 it is opened
     anew. `on_new_connection` runs after each reconnection, since messages may have been missed.
@@ -33,7 +33,7 @@ class WakeCalls:
         self,
         client: Redis,
         process: str,
-        ring: Callable[[str, float | Grant], None],
+        ring: Callable[[str, float | Grant | Abort], None],
         on_new_connection: Callable[[], None],
     ) -> None:
         self._client = client

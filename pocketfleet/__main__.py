@@ -70,7 +70,8 @@ def _app() -> typer.Typer:
     import typer
 
     from limiter.commands import limits
-    from producer.commands import batches, enqueue, run
+    from producer.batch_commands import batches
+    from producer.commands import enqueue, run
     from worker.commands import worker, workers
 
     app = typer.Typer(

@@ -1,9 +1,8 @@
-"""`pocketfleet run`, `enqueue` and `batch`."""
+"""`pocketfleet run` and `enqueue`."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import shlex
 import signal
 import sys
@@ -15,7 +14,6 @@ import typer
 
 if TYPE_CHECKING:
     from producer.fleet_run import FleetRun
-    from producer.settings import ProducerSettings
 
 Target = Annotated[str, typer.Argument(metavar="TARGET", help="Where the flow is, such as users:flow")]
 Set = Annotated[
@@ -35,6 +33,20 @@ Batch = Annotated[
     str | None, typer.Option("--batch", metavar="ID", help="Id of the batch; the same id goes on with it")
 ]
 First = Annotated[int | None, typer.Option("--first", metavar="N", help="Take only the first N items", min=1)]
+Key = Annotated[
+    str,
+    typer.Option(
+        "--key",
+        metavar="ENTRY",
+        help="Entry of the params that identifies an item when the batch is run again",
+    ),
+]
+Weight = Annotated[
+    float,
+    typer.Option(
+        metavar="X", help="Share of the limit among batches: 2 gets twice as much as 1", show_default=False
+    ),
+]
 
 
 def run(
@@ -44,6 +56,8 @@ def run(
     params: Params = None,
     batch: Batch = None,
     first: First = None,
+    key: Key = "",
+    weight: Weight = 1.0,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -54,14 +68,23 @@ def run(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="JSON lines file that gets one line per item")
+        Path | None, typer.Option(metavar="FILE", help="Gets one line per item as it ends: .jsonl or .csv")
     ] = None,
 ) -> None:
     """Run a flow over many items: enqueue, start workers, follow, merge."""
     from producer.local_workers import cores
 
     fleet_run = _fleet_run(
-        target, set_, shared, params, batch, first, cores() if workers is None else workers, output
+        target,
+        set_,
+        shared,
+        params,
+        first,
+        batch=batch,
+        workers=cores() if workers is None else workers,
+        output=output,
+        key=key,
+        weight=weight,
     )
     if fleet_run.output is None:
         fleet_run.output = fleet_run.settings.data_dir / "output" / f"{fleet_run.batch}.jsonl"
@@ -79,7 +102,7 @@ def run(
         _explain(fleet_run, error)
         raise
     _report(fleet_run, result)
-    raise typer.Exit(1 if fleet_run.failed else 0)
+    raise typer.Exit(1 if fleet_run.unfinished else 0)
 
 
 async def _go(fleet_run: FleetRun) -> Any:
@@ -97,9 +120,11 @@ def enqueue(
     params: Params = None,
     batch: Batch = None,
     first: First = None,
+    key: Key = "",
+    weight: Weight = 1.0,
 ) -> None:
     """Put a flow's items into the queue for the workers that serve it; prints the batch id."""
-    fleet_run = _fleet_run(target, set_, shared, params, batch, first, None, None)
+    fleet_run = _fleet_run(target, set_, shared, params, first, batch=batch, key=key, weight=weight)
     typer.echo(_names(fleet_run), err=True)
     try:
         spool = asyncio.run(fleet_run.enqueue_only())
@@ -119,10 +144,8 @@ def _fleet_run(
     set_: list[str] | None,
     shared: str | None,
     params: str | None,
-    batch: str | None,
     first: int | None,
-    workers: int | None,
-    output: Path | None,
+    **more: Any,
 ) -> FleetRun:
     from producer.fleet_run import FleetRun
     from producer.inputs import merged_shared, parse_set, read_params, read_shared
@@ -134,13 +157,11 @@ def _fleet_run(
     return FleetRun(
         flow,
         store,
-        batch=batch,
-        workers=workers,
-        output=output,
         target=target,
         params=read_params(params) if params else None,
         params_from=params or "",
         first=first,
+        **more,
     )
 
 
@@ -157,12 +178,9 @@ def _stopped(fleet_run: FleetRun) -> str:
     """How to go on: the same command with the batch's id, once there is a batch."""
     if fleet_run.spool is None:
         return "stopped; nothing was enqueued"
-    words = sys.argv[1:]
-    if not any(word == "--batch" or word.startswith("--batch=") for word in words):
-        words = [*words, "--batch", fleet_run.batch]
     done = fleet_run.completed + fleet_run.failed
     far = f" at {done} of {fleet_run.spool.count}" if done else ""
-    return f"stopped{far}; go on with: {shlex.join(['pocketfleet', *words])}"
+    return f"stopped{far}; go on with: {_again(fleet_run)}"
 
 
 def _explain(fleet_run: FleetRun, error: Exception) -> None:
@@ -194,57 +212,34 @@ def _report(fleet_run: FleetRun, result: Any) -> None:
         typer.echo("there were no items, so nothing ran", err=True)
     else:
         failed = f", {fleet_run.failed} failed" if fleet_run.failed else ""
-        typer.echo(f"{fleet_run.completed} completed{failed} in {fleet_run.seconds:.1f} s", err=True)
+        lost = f", {len(fleet_run.lost)} lost" if fleet_run.lost else ""
+        unrun = f", {fleet_run.unrun} did not run: the batch was cancelled" if fleet_run.unrun else ""
+        counts = f"{fleet_run.completed} completed{failed}{lost}{unrun}"
+        ran = "; the batch was over, nothing ran" if fleet_run.was_over else f" in {fleet_run.seconds:.1f} s"
+        typer.echo(counts + ran, err=True)
+        if fleet_run.conflicts > 1:
+            typer.echo(f"{fleet_run.conflicts} entries in conflict", err=True)
         typer.echo(f"one line per item: {fleet_run.output}", err=True)
+    if fleet_run.failed:
+        typer.echo(f"retry what failed: {_retry(fleet_run)}", err=True)
+    if fleet_run.lost:
+        from producer.follower import mend
+
+        typer.echo(mend(fleet_run.batch), err=True)
     if fleet_run.failed and fleet_run.workers:
         typer.echo(f"what the workers printed: {fleet_run.logs}/worker-*.log", err=True)
     if result is not None and result is not fleet_run.results:
         typer.echo(f"result: {result!r:.500}", err=True)
 
 
-batches = typer.Typer(help="Batches: what became of the items of one enqueue.", no_args_is_help=True)
+def _retry(fleet_run: FleetRun) -> str:
+    """The commands that run the failures again."""
+    return f"pocketfleet batch retry {fleet_run.batch} --failed && {_again(fleet_run)}"
 
 
-@batches.callback()
-def _group() -> None:
-    """Batches: what became of the items of one enqueue."""
-
-
-@batches.command()
-def status(
-    batch: Annotated[str, typer.Argument(metavar="ID", help="Id of the batch")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
-) -> None:
-    """Show how far a batch is. Exit code 1 if it is over and some items failed."""
-    from limiter.settings import load
-    from producer.settings import ProducerSettings
-    from worker.contract import STATUSES, checked_batch
-
-    checked_batch(batch)
-    counts = asyncio.run(_status(load(ProducerSettings), batch))
-    if as_json:
-        typer.echo(json.dumps(counts, indent=2))
-    else:
-        done = counts["count"] - counts["left"]
-        shown = ", ".join(f"{counts[key]} {key}" for key in STATUSES if counts.get(key))
-        typer.echo(f"{batch}: {done} of {counts['count']} done{': ' if shown else ''}{shown}")
-    failed = sum(counts.get(key, 0) for key in STATUSES[1:])
-    raise typer.Exit(1 if failed and counts["left"] <= 0 else 0)
-
-
-async def _status(settings: ProducerSettings, batch: str) -> dict[str, Any]:
-    from limiter.client import checked_connection, open_retrying_client
-    from limiter.connect import find_redis
-    from producer.batch import find_batch
-    from producer.follow import batch_counts
-
-    place = find_redis(settings, start=False)
-    client = open_retrying_client(place.url, retries=1)
-    try:
-        await checked_connection(client, place.shown)
-        limit, _ = await find_batch(client, batch)
-        counts = await batch_counts(client, limit, batch)
-        return {"batch": batch, "limit": limit, "left": 0, "count": 0, **counts}
-    finally:
-        await client.aclose()
-        place.close()
+def _again(fleet_run: FleetRun) -> str:
+    """This very command, with the batch's id."""
+    words = sys.argv[1:]
+    if not any(word == "--batch" or word.startswith("--batch=") for word in words):
+        words = [*words, "--batch", fleet_run.batch]
+    return shlex.join(["pocketfleet", *words])

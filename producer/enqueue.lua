@@ -6,39 +6,75 @@
 -- ARGV[3]  batch    id of the batch
 -- ARGV[4]  flow     name of the flow
 -- ARGV[5]  spacing  places between two items of the batch: 1000 / weight
--- ARGV[6]  index, payload, index, payload, ...  at most 1000 pairs
+-- ARGV[6]  retry    0, or how often these items, which have ended, are retried now: one that was retried
+--                   as often already stays as it is
+-- ARGV[7]  before   with a retry: the status that these items had ended with
+-- ARGV[8]  index, payload, index, payload, ...  at most 1000 pairs
 --
--- Returns {added, done}: how many are new in the queue, how many were done before.
+-- Returns {added, done, cancelled}: how many are new in the queue, how many were done before; 1 = the batch
+-- is cancelled, so nothing was added.
 -- Start-time fair queueing: a batch joins at the queue's virtual time and its items stand `spacing` apart,
 -- so a short batch interleaves with a long one.
 
-local batch, flow, spacing = ARGV[3], ARGV[4], tonumber(ARGV[5])
+local batch, flow, spacing, retry = ARGV[3], ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6])
+local FIRST_ITEM = 8
 local limit = string.match(GATE, '{(.-)}')
-local key, done_key = ROOT .. 'batch:' .. batch, ROOT .. 'done:' .. batch
+local key, done_key, retries = ROOT .. 'batch:' .. batch, ROOT .. 'done:' .. batch, ROOT .. 'retries:' .. batch
 
 local state = load('')
 local now = clock(state)
 if state.gen > 0 then extend_after_stall(state, now) end
 
--- The items of the call that are not done, as index -> payload pairs in order.
-local function missing()
-  local asks, wanted = {}, {}
-  if redis.call('EXISTS', done_key) == 1 then
-    for i = 6, #ARGV, 2 do
+local found = redis.call('HMGET', key, 'next', 'left', 'cancelled')
+if found[3] then
+  if state.gen > 0 then save(state) end
+  return { 0, 0, 1 }
+end
+
+-- Per item of the call 1 if it is done; of retried ones, if it was retried as often before.
+local function dealt_with()
+  local asks, dealt = {}, {}
+  if retry > 0 then
+    for i = FIRST_ITEM, #ARGV, 2 do asks[#asks + 1] = ARGV[i] end
+    for n, times in ipairs(redis.call('HMGET', retries, unpack(asks))) do
+      dealt[n] = (tonumber(times or '') or 0) >= retry and 1 or 0
+    end
+  elseif redis.call('EXISTS', done_key) == 1 then
+    for i = FIRST_ITEM, #ARGV, 2 do
       asks[#asks + 1], asks[#asks + 2], asks[#asks + 3] = 'GET', 'u1', ARGV[i]
     end
+    dealt = redis.call('BITFIELD', done_key, unpack(asks))
   end
-  local bits = #asks > 0 and redis.call('BITFIELD', done_key, unpack(asks)) or {}
-  for i = 6, #ARGV, 2 do
-    if bits[(i - 4) / 2] ~= 1 then
+  return dealt
+end
+
+-- The items of the call that are to be added, as index -> payload pairs in order.
+local function missing()
+  local wanted, dealt = {}, dealt_with()
+  for i = FIRST_ITEM, #ARGV, 2 do
+    if dealt[(i - FIRST_ITEM) / 2 + 1] ~= 1 then
       wanted[#wanted + 1], wanted[#wanted + 2] = ARGV[i], ARGV[i + 1]
     end
   end
   return wanted
 end
 
+-- Retried items are done no longer, and no longer counted as what they had ended with.
+local function undo(wanted)
+  local bits, times = {}, {}
+  for i = 1, #wanted, 2 do
+    local n = #bits
+    bits[n + 1], bits[n + 2], bits[n + 3], bits[n + 4] = 'SET', 'u1', wanted[i], '0'
+    times[i], times[i + 1] = wanted[i], retry
+  end
+  redis.call('BITFIELD', done_key, unpack(bits))
+  redis.call('HSET', retries, unpack(times))
+  if tonumber(redis.call('HGET', key, ARGV[7]) or 0) > 0 then
+    redis.call('HINCRBY', key, ARGV[7], -#wanted / 2)
+  end
+end
+
 local wanted = missing()
-local found = redis.call('HMGET', key, 'next', 'left')
 local place = math.max(state.place, tonumber(found[1] or '') or 1)
 local pairs_, places = {}, {}
 for i = 1, #wanted, 2 do
@@ -49,17 +85,14 @@ for i = 1, #wanted, 2 do
 end
 local added = 0
 if #wanted > 0 then
+  if retry > 0 then undo(wanted) end
   if redis.call('MSETNX', unpack(pairs_)) == 0 then
     for i = 1, #pairs_, 2 do redis.call('SETNX', pairs_[i], pairs_[i + 1]) end
   end
   added = redis.call('ZADD', queue_of(flow), 'NX', unpack(places))
 end
 if added > 0 then
-  if (tonumber(found[2] or '') or 0) <= 0 then
-    for _, each in ipairs({ key, done_key, ROOT .. 'out:' .. batch, ROOT .. 'base:' .. batch }) do
-      redis.call('PERSIST', each)
-    end
-  end
+  if (tonumber(found[2] or '') or 0) <= 0 then persist_batch(batch) end
   redis.call('HSET', key, 'next', whole(place))
   redis.call('HINCRBY', key, 'left', added)
   local room = math.max(1, math.min(added, math.floor(state.level) - state.in_use))
@@ -67,4 +100,4 @@ if added > 0 then
   if woken > 0 and woken < added then state.behind = 1 end
 end
 if state.gen > 0 then save(state) end
-return { added, (#ARGV - 5) / 2 - #wanted / 2 }
+return { added, (#ARGV - FIRST_ITEM + 1 - #wanted) / 2, 0 }

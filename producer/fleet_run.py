@@ -6,11 +6,9 @@ import asyncio
 import contextlib
 import sys
 import time
-import traceback
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -19,47 +17,32 @@ from limiter.client import checked_connection, open_client, open_retrying_client
 from limiter.connect import Place, find_redis
 from limiter.errors import LimiterError
 from limiter.keys import GateKeys
-from limiter.process import open_process
 from limiter.settings import load
 from limiter.view import read_gate
 from producer.batch import as_async, encoded_base, enqueue, new_batch_id, write_spool
-from producer.debugger import one_prompt
-from producer.errors import ProducerError, WorkersError
+from producer.batch_lock import BatchLock
+from producer.cancel import cancel, withdraw
+from producer.errors import ProducerError
+from producer.facts import read_facts
 from producer.flows import FlowFailed, ThrottledAsyncParallelBatchFlow, found_name
-from producer.follow import Ended, outcomes
+from producer.follow import Ended
+from producer.follower import Follower, catch_up
+from producer.gathering import ConflictError, Gathering
+from producer.hands import Hands, worker_here
+from producer.journal import Journal
 from producer.lines import LineFile, check_writable
 from producer.local_workers import LocalWorkers, checked_workers
-from producer.merge import Conflict, Merger
 from producer.progress import Progress
 from producer.settings import ProducerSettings
-from producer.spool import BatchLock, Spool
-from worker import codec
-from worker.contract import COMPLETED, checked_batch
+from producer.spool import Spool
+from worker.contract import ABORTED, LOST, checked_batch
 from worker.errors import WorkerError
-from worker.fleet_worker import FleetWorker
 from worker.presence import living_workers
-from worker.registry import ServedFlow, checked_flow, named, refuse_while_importing, said
+from worker.registry import ServedFlow, checked_flow, named, refuse_while_importing
 
 SHOWN_FAILURES = 10
-
-
-class Hands(Protocol):
-    """Whoever runs the jobs for this run."""
-
-    @property
-    def failed(self) -> WorkersError | None:
-        """Why it cannot go on, once it cannot."""
-
-
-class ConflictError(ProducerError):
-    """Two runs changed one entry and the flow says conflicts="fail". Carries `conflict`."""
-
-    exit_code = 1
-
-    def __init__(self, conflict: Conflict) -> None:
-        said = str(conflict).replace(", and the last item in input order wins", "")
-        super().__init__(f"stopped, as conflicts='fail' asks: {said}")
-        self.conflict = conflict
+WITHDRAW_S = 30.0
+LIGHTEST, HEAVIEST = 0.001, 1000.0
 
 
 class FleetRun:
@@ -70,12 +53,16 @@ class FleetRun:
         params: param dicts instead of those of `prep_async`.
         first: take only that many items.
         live: show progress.
+        key: the params' entry that identifies an item across runs; '' = its position.
+        weight: the batch's share of the limit among other batches: 2 gets twice as much as 1.
 
     Attributes:
         users_part: `prep_async` or `post_async` once that raised, else ''.
         spool: the batch's, once it is written.
         refusals: how often its runs were refused; successes: runs completed since one that was refused.
         level: the fleet's level at the batch's end, None if it is not known.
+        lost: items that Redis lost; `unrun`: items that did not run because the batch was cancelled.
+        added: items that were put into the queue; `was_over`: there was nothing left to run.
     """
 
     def __init__(
@@ -91,6 +78,8 @@ class FleetRun:
         params_from: str = "--params",
         first: int | None = None,
         live: bool = True,
+        key: str = "",
+        weight: float = 1.0,
     ) -> None:
         refuse_while_importing("run_on_fleet")
         self.settings = load(ProducerSettings)
@@ -107,20 +96,23 @@ class FleetRun:
             )
         self.logs = self.settings.data_dir / "logs" / self.batch
         self.users_part = ""
-        self.completed = self.failed = self.refusals = self.successes = 0
+        self.refusals = self.successes = 0
         self.level: int | None = None
         self.output = Path(output) if output else None
         self.spool: Spool | None = None
-        self.conflict: Conflict | None = None
-        self.added = self.done_before = 0
+        self.added = self.done_before = self.completed = self.failed = self.conflicts = self.unrun = 0
+        self.lost: list[int] = []
+        self.was_over = False
         self.seconds = 0.0
+        self.results: list[Any] = []
         self._flow = flow
         self._shared = shared
         self._params = params
         self._params_from = params_from
         self._first = first
         self._live = live
-        self.results: list[Any] = []
+        self._key = key
+        self._weight = checked_weight(weight)
 
     async def go(self) -> Any:
         """Enqueue, follow, merge; returns what the flow's `post_async` returns."""
@@ -129,9 +121,10 @@ class FleetRun:
         async with self._redis(start=True) as (client, place):
             prepared, items, where = await self._items()
             with BatchLock(self.settings.data_dir, self.batch):
-                self.spool = await self._write_spool(items, where)
-                if self.spool.count:
-                    await self._run(client, place, self.spool)
+                self.spool = spool = await self._write_spool(client, items, where)
+                if spool.count:
+                    with Journal(spool.home, self.batch, spool.count) as journal:
+                        await self._run(client, place, spool, journal)
                     self.level = await self._last_level(client)
         with self._users("post_async"):
             return await self._flow.post_async(self._shared, prepared, self.results)
@@ -141,10 +134,17 @@ class FleetRun:
         async with self._redis(start=False) as (client, _):
             _, items, where = await self._items()
             with BatchLock(self.settings.data_dir, self.batch):
-                self.spool = await self._write_spool(items, where)
+                self.spool = spool = await self._write_spool(client, items, where)
                 await self._warn_if_unserved(client, lambda text: print(text, file=sys.stderr, flush=True))
-                self.added, self.done_before = await enqueue(client, self.spool)
-        return self.spool
+                with Journal(spool.home, self.batch, spool.count) as journal:
+                    await catch_up(client, spool.limit, self.batch, journal)
+                    await self._enqueue(client, spool, journal)
+        return spool
+
+    @property
+    def unfinished(self) -> int:
+        """Items that failed, were lost or did not run."""
+        return self.failed + len(self.lost) + self.unrun
 
     def knows(self, key: str) -> bool:
         """Whether the caller's store has that key."""
@@ -179,7 +179,10 @@ class FleetRun:
             self.users_part = part
             raise
 
-    async def _write_spool(self, items: AsyncIterator[Any], where: str) -> Spool:
+    async def _write_spool(self, client: Redis, items: AsyncIterator[Any], where: str) -> Spool:
+        facts = None
+        if not Spool.exists(self.settings.data_dir, self.batch):
+            facts = await read_facts(client, self.served.limits.name, self.batch, digests=True)
         return await write_spool(
             self.settings.data_dir,
             self.batch,
@@ -189,7 +192,21 @@ class FleetRun:
             max_bytes=self.settings.max_param_bytes,
             where=where,
             first=self._first,
+            key=self._key,
+            weight=self._weight,
+            facts=facts,
         )
+
+    async def _enqueue(
+        self, client: Redis, spool: Spool, journal: Journal, told: Callable[[int], None] = lambda sent: None
+    ) -> None:
+        """Put into the queue what is missing; a batch that is over is not touched."""
+        if not journal.pending and not any(journal.ended_with((LOST, ABORTED))):
+            told(spool.count)
+            self.done_before = spool.count
+            return
+        done = await enqueue(client, spool, told, journal=journal, keep_s=self.settings.keep_s)
+        self.added, self.done_before = done.added, done.done
 
     @contextlib.asynccontextmanager
     async def _redis(self, *, start: bool) -> AsyncIterator[tuple[Redis, Place]]:
@@ -229,8 +246,10 @@ class FleetRun:
 
     # --- during ------------------------------------------------------------------------------------
 
-    async def _run(self, client: Redis, place: Place, spool: Spool) -> None:
-        lines = LineFile(self.output) if self.output else None
+    async def _run(self, client: Redis, place: Place, spool: Spool, journal: Journal) -> None:
+        await catch_up(client, spool.limit, self.batch, journal)
+        lines = LineFile(self.output, spool, journal) if self.output else None
+        self.was_over = over = not journal.pending and not any(journal.ended_with((LOST, ABORTED)))
         progress = Progress(
             self.served.name,
             self.served.limits.name,
@@ -241,15 +260,12 @@ class FleetRun:
         )
         began = time.monotonic()
         try:
-            async with self._hands(place, progress) as hands:
+            async with self._hands(place, progress, idle=over) as hands:
                 progress.start(client)
                 try:
-                    if self.workers is None:
-                        await self._warn_if_unserved(client, progress.say)
-                    else:
-                        await self._warn_of_others(client, progress.say)
-                    self.added, self.done_before = await enqueue(client, spool, progress.enqueued)
-                    await self._follow(place, spool, progress, lines, hands)
+                    if not over:
+                        await self._say_who_runs(client, progress.say)
+                    await self._do(client, place, spool, journal, progress, lines, hands)
                 finally:
                     self.seconds = time.monotonic() - began
                     await progress.stop()
@@ -257,13 +273,59 @@ class FleetRun:
             if lines:
                 lines.close()
 
-    @contextlib.asynccontextmanager
-    async def _hands(self, place: Place, progress: Progress) -> AsyncIterator[Hands | None]:
-        """Whoever runs the jobs: workers that are there, this process, or processes of our own."""
+    async def _do(
+        self,
+        client: Redis,
+        place: Place,
+        spool: Spool,
+        journal: Journal,
+        progress: Progress,
+        lines: LineFile | None,
+        hands: Hands | None,
+    ) -> None:
+        try:
+            await self._enqueue(client, spool, journal, progress.enqueued)
+            await self._follow(place, spool, journal, progress, lines, hands)
+        except ConflictError:
+            await self._end_batch(client, spool, everything=True)
+            raise
+        except asyncio.CancelledError as stopped:
+            if self.workers is None:
+                self._leave_running(stopped)
+            else:
+                await self._end_batch(client, spool, everything=False)
+            raise
+        except BaseException:
+            if self.workers is not None:
+                await self._end_batch(client, spool, everything=False)
+            raise
+
+    def _leave_running(self, stopped: asyncio.CancelledError) -> None:
+        """Who follows is gone; the fleet's workers go on."""
+        words = f"batch {self.batch} goes on without us; follow it: pocketfleet batch wait {self.batch}"
+        stopped.add_note(words)
+        print(words, file=sys.stderr, flush=True)
+
+    async def _end_batch(self, client: Redis, spool: Spool, *, everything: bool) -> None:
+        """Leave nothing behind that other workers would run unasked: what never began leaves the queue."""
+        about = (client, spool.limit, spool.flow, spool.batch, spool.count)
+        ending = cancel(*about) if everything else withdraw(*about)
+        with contextlib.suppress(RedisError, OSError, TimeoutError):
+            await asyncio.shield(asyncio.wait_for(ending, WITHDRAW_S))
+
+    async def _say_who_runs(self, client: Redis, say: Callable[[str], None]) -> None:
         if self.workers is None:
+            await self._warn_if_unserved(client, say)
+        else:
+            await self._warn_of_others(client, say)
+
+    @contextlib.asynccontextmanager
+    async def _hands(self, place: Place, progress: Progress, *, idle: bool) -> AsyncIterator[Hands | None]:
+        """Whoever runs the jobs: workers that are there, this process, or processes of our own."""
+        if self.workers is None or idle:
             yield None
         elif self.workers == 0:
-            async with self._worker_here(place) as here:
+            async with worker_here(place, self.served, self.settings) as here:
                 yield here
         else:
             workers = LocalWorkers(
@@ -283,85 +345,59 @@ class FleetRun:
             finally:
                 await workers.stop(drain_s)
 
-    @contextlib.asynccontextmanager
-    async def _worker_here(self, place: Place) -> AsyncIterator[Hands]:
-        """A worker in this process: full tracebacks, breakpoints work."""
-        process = await open_process(place.url, lease_s=self.settings.lease_s, stall_limit_s=86_400.0)
-        worker = FleetWorker(
-            process,
-            [self.served],
-            max_jobs=self.settings.max_jobs,
-            drain_s=self.settings.drain_s,
-            show_traces=True,
-        )
-        running = asyncio.create_task(worker.run())
-        finished = False
-        loop = asyncio.get_running_loop()
-        with one_prompt(lambda: _hand_back(worker, loop)):
-            try:
-                yield _Here(running)
-                finished = True
-            finally:
-                worker.stop(at_once=not finished)
-                await asyncio.shield(asyncio.gather(running, return_exceptions=True))
-                await asyncio.shield(process.close())
-
     async def _follow(
-        self, place: Place, spool: Spool, progress: Progress, lines: LineFile | None, hands: Hands | None
+        self,
+        place: Place,
+        spool: Spool,
+        journal: Journal,
+        progress: Progress,
+        lines: LineFile | None,
+        hands: Hands | None,
     ) -> None:
-        base_bytes = spool.base()
-        base = codec.decode(base_bytes) if base_bytes else {}
-        store = self._shared if isinstance(self._shared, dict) else {}
-        merger = Merger(store, base, self._flow.merge)
-        self.results = [None] * spool.count
-        seen = bytearray(spool.count)
-        left = spool.count
+        gathering = Gathering(self._flow, self._shared, spool)
+        self.results = gathering.results
         reader, task = open_client(place.url), asyncio.current_task()
+        follower = Follower(
+            reader,
+            spool.limit,
+            spool.flow,
+            self.batch,
+            journal=journal,
+            lease_s=self.settings.lease_s,
+            say=progress.say,
+        )
         try:
-            async for ended in outcomes(reader, self.served.limits.name, self.batch):
-                for each in ended:
-                    if each.index < spool.count and not seen[each.index]:
-                        seen[each.index] = 1
-                        left -= 1
-                        self._take(each, spool, merger, lines, progress)
+            async for ended in follower.news():
                 if lines:
-                    lines.flush()
-                if not left:
-                    break
+                    lines.catch_up()
+                for each in ended:
+                    self._take(gathering, each, progress)
                 if task is not None and task.cancelling():
                     raise asyncio.CancelledError  # Python 3.11's wait_for, under redis-py, can lose it
                 failed = hands.failed if hands is not None else None
-                if failed is not None:
+                if failed is not None and journal.pending:
                     raise failed
         finally:
             await reader.aclose()
-        merger.finish()
-
-    def _take(
-        self, ended: Ended, spool: Spool, merger: Merger, lines: LineFile | None, progress: Progress
-    ) -> None:
-        outcome = ended.outcome
-        completed = outcome.status == COMPLETED
-        progress.count(completed)
-        refusals = outcome.attempts.get("refusals", 0)
-        self.refusals += refusals
-        self.successes = (0 if refusals else self.successes) + completed
-        self.completed, self.failed = progress.completed, progress.failed
-        if completed:
-            self.results[ended.index] = outcome.action
-        else:
-            failed = FlowFailed(ended.index, outcome.status, outcome.failure)
-            self.results[ended.index] = failed
-            self._show(failed, progress)
-        if not spool.received(ended.index):
-            spool.mark_received(ended.index)
         if lines:
-            lines.write(ended, spool.params(ended.index))
-        conflict = merger.add(ended.index, outcome.difference)
+            lines.catch_up()
+        self.lost = follower.lost
+        self.unrun = journal.pending - len(follower.lost)
+        conflict = gathering.finish(follower.lost)
         if conflict is not None:
-            self.conflict = conflict
-            if self._flow.conflicts == "fail":
-                raise ConflictError(conflict)
+            progress.say(f"conflict: {conflict}")
+        self.conflicts = gathering.conflicts
+
+    def _take(self, gathering: Gathering, ended: Ended, progress: Progress) -> None:
+        try:
+            failed, conflict = gathering.take(ended)
+        finally:
+            progress.count(gathering.completed > self.completed)
+            self.completed, self.failed = gathering.completed, gathering.failed
+            self.refusals, self.successes = gathering.refusals, gathering.successes
+        if failed is not None:
+            self._show(failed, progress)
+        if conflict is not None:
             progress.say(f"conflict: {conflict}")
 
     def _show(self, failed: FlowFailed, progress: Progress) -> None:
@@ -375,26 +411,12 @@ class FleetRun:
             )
 
 
-def _hand_back(worker: FleetWorker, loop: asyncio.AbstractEventLoop) -> None:
-    """Take nothing more; whatever runs has not failed, and is to be done again. From any thread."""
-    loop.call_soon_threadsafe(partial(worker.stop, at_once=True))
-    for crew in worker.crews:
-        for run in list(crew.runs.values()):
-            run.ending = "hand"
+def checked_weight(weight: object) -> float:
+    """A weight that can hold.
 
-
-class _Here:
-    """The worker in this process, as seen by the run that follows it."""
-
-    def __init__(self, running: asyncio.Task[None]) -> None:
-        self._running = running
-
-    @property
-    def failed(self) -> WorkersError | None:
-        if not self._running.done():
-            return None
-        error = None if self._running.cancelled() else self._running.exception()
-        if error is None:
-            return WorkersError("the worker in this process ended before the batch did")
-        traceback.print_exception(error)
-        return WorkersError(f"the worker in this process ended: {said(error)}", 2)
+    Raises:
+        ProducerError: names the bounds.
+    """
+    if isinstance(weight, (int, float)) and not isinstance(weight, bool) and LIGHTEST <= weight <= HEAVIEST:
+        return float(weight)
+    raise ProducerError(f"weight={weight!r} cannot hold: use a number from {LIGHTEST:g} to {HEAVIEST:g}")

@@ -1,10 +1,9 @@
-"""Following a batch: its outcomes as they come, from the stream in Redis."""
+"""The stream of a batch's outcomes in Redis, read as they come."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
 
 import msgspec
 from redis.asyncio import Redis
@@ -20,12 +19,45 @@ GATHER_S = 0.02
 
 
 class Ended(msgspec.Struct):
-    """One item's outcome, with the stream position after it."""
+    """How one attempt of one item ended.
+
+    Attributes:
+        retry: how often the item had been retried when it was enqueued.
+        attempt: the gate's number of the claim.
+        data: the outcome as the worker encoded it; b'' where it is gone.
+        position: of the stream, after it.
+    """
 
     index: int
+    retry: int
     attempt: int
-    outcome: Outcome
+    status: str
+    data: bytes
     position: str
+
+    @property
+    def outcome(self) -> Outcome:
+        """The outcome itself; one that is gone or not ours says so."""
+        if not self.data:
+            words = (
+                "its params were gone from Redis"
+                if self.status == LOST
+                else "its outcome was gone from Redis"
+            )
+            return Outcome(self.status, failure=Failure("Lost", words))
+        try:
+            return decode_outcome(self.data)
+        except msgspec.DecodeError:
+            return Outcome(
+                FAILED, failure=Failure("CorruptOutcome", "its outcome is not one of PocketFleet's")
+            )
+
+
+class _RetryOnly(msgspec.Struct):
+    retry: int = 0
+
+
+_retries = msgspec.msgpack.Decoder(_RetryOnly)
 
 
 async def outcomes(
@@ -36,22 +68,29 @@ async def outcomes(
     An empty list comes at least every two seconds, so that the caller can look after other things.
     Redis being away delays it, nothing else.
     """
-    keys = GateKeys(limit)
-    stream = keys.out(batch)
     while True:
         try:
-            found = await client.xread({stream: position}, count=READ, block=BLOCK_MS)
+            ended = await read(client, limit, batch, position)
         except (RedisError, OSError):
             await asyncio.sleep(0.5)
             yield []
             continue
-        entries = found[0][1] if found else []
-        ended = [await _ended(client, keys, batch, stream_id, fields) for stream_id, fields in entries]
         if ended:
             position = ended[-1].position
         yield ended
         if 0 < len(ended) < READ:
             await asyncio.sleep(GATHER_S)
+
+
+async def read(
+    client: Redis, limit: str, batch: str, position: str, block_ms: int | None = BLOCK_MS
+) -> list[Ended]:
+    """The next outcomes after `position`, at most 1,000; waits up to `block_ms` for one (None: not)."""
+    keys = GateKeys(limit)
+    found = await client.xread({keys.out(batch): position}, count=READ, block=block_ms)
+    return [
+        await _ended(client, keys, batch, place, fields) for place, fields in (found[0][1] if found else [])
+    ]
 
 
 async def _ended(
@@ -60,25 +99,12 @@ async def _ended(
     index, attempt, status = int(fields[b"i"]), int(fields[b"t"]), fields[b"s"].decode()
     data = fields[b"o"]
     if not data and status != LOST:
-        data = await client.get(keys.blob(batch, index, attempt)) or b""
-    return Ended(index, attempt, _outcome(status, data), stream_id.decode())
+        data = await client.hget(keys.blobs(batch), f"{index}:{attempt}") or b""  # type: ignore[misc]
+    return Ended(index, _retry_of(data), attempt, status, data, stream_id.decode())
 
 
-def _outcome(status: str, data: bytes) -> Outcome:
-    if not data:
-        words = "its params were gone from Redis" if status == LOST else "its outcome was gone from Redis"
-        return Outcome(status, failure=Failure("Lost", words))
+def _retry_of(data: bytes) -> int:
     try:
-        return decode_outcome(data)
+        return _retries.decode(data).retry if data else 0
     except msgspec.DecodeError:
-        return Outcome(FAILED, failure=Failure("CorruptOutcome", "its outcome is not one of PocketFleet's"))
-
-
-async def batch_counts(client: Redis, limit: str, batch: str) -> dict[str, Any]:
-    """Counts of a batch as Redis has them: `count`, `left`, and one per status."""
-    found = await client.hgetall(GateKeys(limit).batch(batch))  # type: ignore[misc]
-    return {
-        key.decode(): int(value) if value.isdigit() else float(value) if key == b"created" else value.decode()
-        for key, value in found.items()
-        if not key.startswith(b"digest:") and key != b"next"
-    }
+        return 0

@@ -1,34 +1,145 @@
-"""The output file: one JSON line per item."""
+"""The output file: one line per attempt that ended, JSON lines or, by its name, CSV.
+
+The file follows the batch's journal: how far it has come (a byte of the journal, a size of the file) is
+noted after each write, in one small write. A kill at any byte therefore leaves lines past the noted
+size, which the next run cuts off and writes again: neither a half nor a second line.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
+import struct
+import zlib
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import msgspec
 
+from producer.disk import open_at, replace_file, write_all
 from producer.errors import InputError
 from producer.follow import Ended
+from producer.journal import Journal
+from producer.spool import Spool
 from worker.difference import changed
+
+COLUMNS = (
+    "index",
+    "status",
+    "retry",
+    "action",
+    "params",
+    "changed",
+    "error_type",
+    "error_message",
+    "error_node",
+    "error_trace",
+    "attempts",
+    "nodes",
+    "left_behind",
+    "host",
+    "seconds",
+)
+_WRITTEN = struct.Struct("<QQII")  # journal's byte, file's size, length and crc of what it ends with
+_TOGETHER = 1_000
+_TAIL = 4_096
 
 
 class LineFile:
-    """Writes outcomes as they come: index, params, status, action, changed, error, attempts, notes, nodes, host."""
+    """Appends to `path` the lines of what its batch's journal has gained.
 
-    def __init__(self, path: Path) -> None:
+    A file that this batch was writing is gone on with; any other content is replaced.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, spool: Spool, journal: Journal) -> None:
         self.path = path
-        self._file = _opened(path, "wb")
+        self._spool = spool
+        self._journal = journal
+        self._csv = is_csv(path)
+        place, size = self._known()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = open_at(path, size)
+        except OSError as error:
+            raise _unwritable(path, error) from None
+        replace_file(spool.home / "output", os.fsencode(path.resolve()))
+        self._note_fd = open_at(spool.home / "written", 0)
+        self._place, self._size, self._tail = place, size, _tail(path, size)
+        if self._csv and not size:
+            self._write([_row(COLUMNS)], place)
+        else:
+            self._note()
 
-    def write(self, ended: Ended, params: dict[str, Any]) -> None:
-        self._file.write(line_of(ended, params) + b"\n")
-
-    def flush(self) -> None:
-        self._file.flush()
+    def catch_up(self) -> None:
+        """Write the lines of everything the journal has gained."""
+        lines, end = [], self._place
+        for ended, end in self._journal.outcomes(self._place):
+            lines.append(self._line(ended))
+            if len(lines) == _TOGETHER:
+                self._write(lines, end)
+                lines = []
+        if lines:
+            self._write(lines, end)
 
     def close(self) -> None:
-        self._file.close()
+        """May be called again."""
+        for fd in (self._fd, self._note_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._note_fd = -1
+
+    def _line(self, ended: Ended) -> bytes:
+        record = record_of(ended, self._spool.params(ended.index))
+        return csv_line(record) if self._csv else json_line(record)
+
+    def _write(self, lines: list[bytes], place: int) -> None:
+        data = b"".join(lines)
+        try:
+            write_all(self._fd, data)
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+        self._size += len(data)
+        self._tail = (self._tail + data)[-_TAIL:]
+        self._place = place
+        self._note()
+
+    def _note(self) -> None:
+        note = _WRITTEN.pack(self._place, self._size, len(self._tail), zlib.crc32(self._tail))
+        os.pwrite(self._note_fd, note, 0)
+
+    def _known(self) -> tuple[int, int]:
+        """The journal's byte and the file's size up to which this batch has written this very file."""
+        try:
+            named = (self._spool.home / "output").read_bytes()
+            note = (self._spool.home / "written").read_bytes()
+            place, size, length, crc = _WRITTEN.unpack(note)
+        except (OSError, struct.error):
+            return 0, 0
+        if named != os.fsencode(self.path.resolve()) or place > self._journal.end:
+            return 0, 0
+        tail = _tail(self.path, size)
+        return (place, size) if len(tail) == length and zlib.crc32(tail) == crc else (0, 0)
+
+
+def _tail(path: Path, size: int) -> bytes:
+    """What the first `size` bytes of a file end with."""
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < size:
+                return b""
+            file.seek(max(0, size - _TAIL))
+            return file.read(min(size, _TAIL))
+    except OSError:
+        return b""
+
+
+def is_csv(path: Path) -> bool:
+    return path.suffix.lower() == ".csv"
 
 
 def check_writable(path: Path) -> None:
@@ -38,26 +149,27 @@ def check_writable(path: Path) -> None:
         InputError: names the path and why.
     """
     new = not os.path.exists(path)  # Path.exists may raise
-    _opened(path, "ab").close()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise _unwritable(path, error) from None
     if new:
         path.unlink()
 
 
-def _opened(path: Path, mode: str) -> IO[bytes]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return cast(IO[bytes], path.open(mode))
-    except OSError as error:
-        raise InputError(f"--output {path} cannot be written: {error.strerror}", source=str(path)) from None
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"--output {path} cannot be written: {error.strerror}", source=str(path))
 
 
-def line_of(ended: Ended, params: dict[str, Any]) -> bytes:
-    """One item's line, without the newline."""
+def record_of(ended: Ended, params: dict[str, Any] | None) -> dict[str, Any]:
+    """What a line tells of an attempt; `params` None where no spool is at hand."""
     outcome = ended.outcome
-    record = {
+    return {
         "index": ended.index,
         "params": params,
         "status": outcome.status,
+        "retry": ended.retry,
         "action": outcome.action,
         "changed": changed(outcome.difference or {}),
         "error": outcome.failure,
@@ -68,7 +180,38 @@ def line_of(ended: Ended, params: dict[str, Any]) -> bytes:
         "host": outcome.host,
         "seconds": round(outcome.ended - outcome.started, 3),
     }
+
+
+def json_line(record: dict[str, Any]) -> bytes:
+    return _json(record) + b"\n"
+
+
+def csv_line(record: dict[str, Any]) -> bytes:
+    """The same as a CSV row: text as it is, everything else as JSON, line breaks as \\n."""
+    error = record["error"]
+    cells = {**record, **{f"error_{key}": getattr(error, key, "") for key in _ERROR}}
+    return _row([_cell(cells[column]) for column in COLUMNS])
+
+
+_ERROR = ("type", "message", "node", "trace")
+
+
+def _cell(value: Any) -> Any:
+    if value is None or value == [] or value == {}:
+        return ""
+    if isinstance(value, str):
+        return value.replace("\\", "\\\\").replace("\r", "\\r").replace("\n", "\\n")
+    return value if isinstance(value, (int, float)) else _json(value).decode()
+
+
+def _row(cells: Any) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue().encode()
+
+
+def _json(value: Any) -> bytes:
     try:
-        return msgspec.json.encode(record)
+        return msgspec.json.encode(value)
     except (TypeError, ValueError):
-        return json.dumps(msgspec.to_builtins(record, str_keys=True), default=repr).encode()
+        return json.dumps(msgspec.to_builtins(value, str_keys=True), default=repr).encode()

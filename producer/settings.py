@@ -13,3 +13,9 @@ class ProducerSettings(WorkerSettings):
     max_param_bytes: int = Field(
         262_144, ge=64, le=16_777_216, description="Bytes one item's params may have, encoded"
     )
+    keep_s: float = Field(
+        604_800,
+        ge=60,
+        le=31_536_000,
+        description="Seconds for which a batch's outcomes, manifest and logs are kept after its end",
+    )

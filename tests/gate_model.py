@@ -26,9 +26,10 @@ from limiter.control import CONTROL
 from limiter.keys import GateKeys, wake_channel
 from limiter.limits import Limits
 from limiter.script import sync_script
-from limiter.sync import RENEW, SYNC, Answer, Call, Entry, Grant, read_answer, read_wake
+from limiter.sync import RENEW, SYNC, Abort, Answer, Call, Entry, Grant, read_answer, read_wake
 
 ENQUEUE = Path(producer.__file__).with_name("enqueue.lua")
+CANCEL = Path(producer.__file__).with_name("cancel.lua")
 T0 = 10**15
 """A birth of a gate in tests, us: as many digits as a real one."""
 PARKED = 2**52
@@ -55,6 +56,7 @@ class Gate:
         self._enqueue = sync_script(client, ENQUEUE)
         self._control = sync_script(client, CONTROL)
         self._requests = itertools.count()
+        self._cancel = sync_script(client, CANCEL)
         self._fake = fake
         self._pubsub = client.pubsub()
         self._pubsub.psubscribe(wake_channel("*"))
@@ -62,6 +64,8 @@ class Gate:
         """Wake messages not yet taken: process, us to wait."""
         self.granted: list[tuple[str, Grant]] = []
         """Grants in wake messages, not yet taken by the ledger."""
+        self.aborts: list[tuple[str, int, str]] = []
+        """Messages that end a run: process, attempt, job."""
         self.collect()
 
     def sync(self, call: Call, now: int) -> list[Any]:
@@ -73,10 +77,25 @@ class Gate:
         return int(self._renew(keys=self.keys.all, args=[process, now]))
 
     def enqueue(
-        self, now: int, batch: str, flow: str, items: dict[int, bytes], spacing: float = 1000
+        self,
+        now: int,
+        batch: str,
+        flow: str,
+        items: dict[int, bytes],
+        spacing: float = 1000,
+        retry: int = 0,
+        before: str = "",
     ) -> list[int]:
         pairs: list[Any] = list(itertools.chain.from_iterable(items.items()))
-        reply: list[int] = self._enqueue(keys=self.keys.all, args=["", now, batch, flow, spacing, *pairs])
+        reply: list[int] = self._enqueue(
+            keys=self.keys.all, args=["", now, batch, flow, spacing, retry, before, *pairs]
+        )
+        self.collect()
+        return reply
+
+    def cancel(self, now: int, batch: str, flow: str, first: int, count: int, outcome: bytes) -> list[int]:
+        args = ["", now, batch, flow, first, count, outcome]
+        reply: list[int] = self._cancel(keys=self.keys.all, args=args)
         self.collect()
         return reply
 
@@ -117,6 +136,8 @@ class Gate:
                 process = message["channel"].decode().rpartition(":")[2]
                 if isinstance(what, Grant):
                     self.granted.append((process, what))
+                elif isinstance(what, Abort):
+                    self.aborts.append((process, what.attempt, what.job))
                 else:
                     self.heard.append((process, round(what * 1e6)))
 
@@ -145,7 +166,7 @@ def lifetime_faults(gate: Gate) -> list[str]:
     keys, faults = gate.keys, []
     endless = (keys.queue(""), keys.later, keys.jobs, keys.override, "arq:job:", "arq:in-progress:")
     endless += (keys.root + "saved", keys.root + "kept:")
-    of_batch = (keys.batch(""), keys.done(""), keys.out(""), keys.base(""))
+    of_batch = tuple(keys.of_batch(""))
     for raw in gate.client.keys("*"):
         name = raw.decode()
         if name.startswith(endless):
@@ -190,6 +211,8 @@ class Item:
 class Batch:
     next: float | None = None
     counted: bool = False
+    cancelled: bool = False
+    retries: dict[int, int] = field(default_factory=dict)
     done: set[int] = field(default_factory=set)
     outcomes: list[tuple[int, int, str, bytes]] = field(default_factory=list)
 
@@ -389,16 +412,30 @@ class Ledger:
         return max(min(bottom, top), min(initial, top))
 
     def enqueue(
-        self, now: int, batch: str, flow: str, items: dict[int, bytes], spacing: float, reply: list[int]
+        self,
+        now: int,
+        batch: str,
+        flow: str,
+        items: dict[int, bytes],
+        spacing: float,
+        reply: list[int],
+        retry: int = 0,
     ) -> None:
         if self.birth:
             self._clock(now, "")
         record = self.batches.setdefault(batch, Batch())
+        if record.cancelled:
+            assert reply == [0, 0, 1], "a cancelled batch was enqueued"
+            return
         place = max(self.place, 1 if record.next is None else record.next)
-        added = 0
+        added = dealt = 0
         for index, payload in items.items():
-            if index in record.done:
+            if record.retries.get(index, 0) >= retry if retry else index in record.done:
+                dealt += 1
                 continue
+            if retry:
+                record.retries[index] = retry
+                record.done.discard(index)
             name = job_id(self.limit, batch, index)
             if name not in self.items:
                 self.items[name] = Item(name, flow, batch, index, payload, int(f"{place:.0f}"))
@@ -408,7 +445,29 @@ class Ledger:
             place += spacing
         if added:
             record.next, record.counted = int(f"{place:.0f}"), True
-        assert reply == [added, sum(index in record.done for index in items)], (reply, added)
+        assert reply == [added, dealt, 0], (reply, added, dealt)
+
+    def cancel(self, now: int, batch: str, first: int, count: int, outcome: bytes, reply: list[int]) -> None:
+        """Waiting items are gone; with an outcome so are those that run, and the batch is marked."""
+        if self.birth:
+            self._clock(now, "")
+        record = self.batches.setdefault(batch, Batch())
+        record.cancelled = record.cancelled or (bool(outcome) and record.counted)
+        waiting = running = 0
+        for index in range(first, first + count):
+            item = self.items.get(job_id(self.limit, batch, index))
+            if item is None or (item.recorded and not outcome):
+                continue
+            del self.items[item.id]
+            if item.state == "claimed":
+                running += 1
+                record.done.add(index)
+                record.outcomes.append((index, item.attempt, "aborted", outcome))
+            else:
+                waiting += 1
+        left = sum(item.batch == batch for item in self.items.values())
+        assert reply[:2] == [waiting, running], (reply, waiting, running)
+        assert reply[2] == left or not record.counted, (reply, left)
 
     def is_new(self, call: Call) -> bool:
         """Whether the call is not one that was answered before."""

@@ -206,9 +206,13 @@ def test_run_shows_each_line_by_item_writes_a_line_per_item_and_says_what_failed
     assert "[item 0] INFO mine fetched" in said
     assert "[item 1] failed in Fetch: ValueError: unlucky" in said
     assert not [line for line in said if "worker.serves" in line or "worker serves" in line]
-    counts, output, logs, result = said[-4:]
+    counts, output, retry, logs, result = said[-5:]
     assert re.fullmatch(r"2 completed, 1 failed in \d+\.\d s", counts)
     assert output == "one line per item: out.jsonl"
+    assert retry.startswith(
+        f"retry what failed: pocketfleet batch retry {batch} --failed && pocketfleet run "
+    )
+    assert retry.endswith(f" --batch {batch}")
     assert logs == f"what the workers printed: .pocketfleet/logs/{batch}/worker-*.log"
     assert result == "result: 3"
     written = "".join(path.read_text() for path in (folder.path / ".pocketfleet/logs" / batch).iterdir())
@@ -436,7 +440,8 @@ def test_enqueue_prints_the_id_alone_and_workers_of_another_time_do_the_rest(sha
     assert f"[{batch}:0] fetching 1\n" in worked.stdout
 
     over = shared_folder.ask(f"pocketfleet batch status {batch}")
-    assert (over.returncode, over.stdout) == (1, f"{batch}: 2 of 2 done: 1 completed, 1 failed\n")
+    retry = f"retry what failed: pocketfleet batch retry {batch} --failed"
+    assert (over.returncode, over.stdout) == (1, f"{batch}: 2 of 2 done: 1 completed, 1 failed; {retry}\n")
     told = json.loads(shared_folder.ask(f"pocketfleet batch status {batch} --json").stdout)
     assert told["batch"] == batch
     assert told["limit"] == "users.flow"
@@ -548,7 +553,9 @@ main()
     )
     done = folder.type("script.py")
     assert done.stdout.splitlines()[-2:] == ["2", "waited"], done.stderr
-    assert done.stderr == "no worker serves script:flow; start one: pocketfleet worker script:flow\n"
+    unserved, left = done.stderr.splitlines()
+    assert unserved == "no worker serves script:flow; start one: pocketfleet worker script:flow"
+    assert re.fullmatch(r"batch (\S+) goes on without us; follow it: pocketfleet batch wait \1", left)
 
 
 # --- the help, and the line in all its states -----------------------------------------------------------

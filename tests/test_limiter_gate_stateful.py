@@ -33,7 +33,7 @@ Move = tuple[str, int, float]
 MOVES = {
     "call": 40, "finish": 26, "tick": 22, "want": 6, "release": 8, "refuse": 6, "back": 3, "hand": 3,
     "save": 8, "wait": 2, "died": 2,
-    "late": 3, "again": 6, "lost": 5, "stale": 4, "enqueue": 8, "renew": 4, "pause": 1,
+    "late": 3, "again": 6, "lost": 5, "stale": 4, "enqueue": 8, "cancel": 2, "retry": 2, "renew": 4, "pause": 1,
     "freeze": 2, "die": 3, "leave": 2, "stall": 2, "edge": 6, "late_grant": 4,
 }  # fmt: skip
 UPHEAVALS = {"change": 2, "flush": 1, "control": 3}
@@ -324,6 +324,30 @@ class Episode:
         self.next_index[batch] = max(self.next_index[batch], first + count)
         self.put(batch, max(0, first), first + count)
 
+    def cancel(self, who: int, x: float) -> None:
+        """All of a batch or what of it never began; then its producer may take it up again."""
+        batch, first, count = ("b1", "b2", "b3")[who % 3], int(x * 20) % 7, 1 + int(x * 1000) % 60
+        outcome = b"cancelled" if x < 0.5 else b""
+        flow = "g" if batch == "b3" else "f"
+        reply = self.gate.cancel(self.now, batch, flow, first, count, outcome)
+        self.ledger.cancel(self.now, batch, first, count, outcome, reply)
+        if x < 0.4:
+            self.gate.client.hdel(self.gate.keys.batch(batch), "cancelled")
+            self.ledger.batches[batch].cancelled = False
+
+    def retry(self, who: int, x: float) -> None:
+        """Some items of a batch that have ended run again, asked for once or twice."""
+        batch = ("b1", "b2", "b3")[who % 3]
+        record = self.ledger.batches.get(batch)
+        ended = sorted(record.done)[: 1 + int(x * 100) % 4] if record else []
+        if record is None or not ended:
+            return
+        number = max(1, max(record.retries.get(index, 0) for index in ended) + int(x * 2))
+        flow = "g" if batch == "b3" else "f"
+        items = {index: f"{flow} {index}".encode() for index in ended}
+        reply = self.gate.enqueue(self.now, batch, flow, items, 1000, number, "completed")
+        self.ledger.enqueue(self.now, batch, flow, items, 1000, reply, number)
+
     def put(self, batch: str, first: int, after: int) -> None:
         flow = "g" if batch == "b3" else "f"
         items = {i: f"{flow} {i}".encode() for i in range(first, after)}
@@ -363,7 +387,7 @@ class Episode:
             most = busiest_window([began for _, began in self.began], int(self.limits.window_s * 1e6))
             assert most <= self.limits.max_per_window, f"{most} starts in a window"
         names = {k.decode().split(":")[2].partition(":")[0] for k in self.gate.client.keys("*")}
-        kept = {"gate", "starts", "flows", "batch", "done", "out", "events", "samples", "override"}
+        kept = {"gate", "starts", "flows", "batch", "done", "out", "retries", "events", "samples", "override"}
         assert names <= kept, names
 
 

@@ -46,10 +46,10 @@ def places(gate: Gate, flow: str = "f") -> dict[str, int]:
 
 
 def test_items_stand_one_spacing_apart_from_the_virtual_time_at_which_they_joined(gate: Gate) -> None:
-    assert gate.enqueue(T0, "b", "f", items(0, 1, 2), 500) == [3, 0]
+    assert gate.enqueue(T0, "b", "f", items(0, 1, 2), 500) == [3, 0, 0]
     assert places(gate) == {"b:0": 1, "b:1": 501, "b:2": 1001}
     gate.sync(worker("A", 1, 2), T0 + 1)
-    assert gate.enqueue(T0 + 2, "late", "f", items(0, 1), 1000) == [2, 0]
+    assert gate.enqueue(T0 + 2, "late", "f", items(0, 1), 1000) == [2, 0, 0]
     assert places(gate)["late:0"] == 501 and places(gate)["late:1"] == 1501
 
 
@@ -80,9 +80,9 @@ def test_doing_it_again_adds_only_what_is_missing(gate: Gate) -> None:
     gate.sync(worker("A", 1, 2), T0 + 1)
     gate.sync(worker("A", 2, 0, 1, Entry(job_id("L", "b", 0), T0 + 2, 1, "completed", b"")), T0 + 2)
     before = places(gate)
-    assert gate.enqueue(T0 + 3, "b", "f", items(0, 1, 2)) == [0, 1]
+    assert gate.enqueue(T0 + 3, "b", "f", items(0, 1, 2)) == [0, 1, 0]
     assert places(gate) == before
-    assert gate.enqueue(T0 + 4, "b", "f", items(0, 1, 2, 3, 4)) == [2, 1]
+    assert gate.enqueue(T0 + 4, "b", "f", items(0, 1, 2, 3, 4)) == [2, 1, 0]
     assert gate.client.hget(gate.keys.batch("b"), "left") == b"4"
     assert gate.client.get("arq:job:" + job_id("L", "b", 0)) is None
 
@@ -97,7 +97,7 @@ def test_a_payload_stays_as_it_was_first_written(gate: Gate) -> None:
 def test_a_payload_that_redis_lost_is_put_back_in_its_place(gate: Gate) -> None:
     gate.enqueue(T0, "b", "f", items(0, 1))
     gate.client.delete("arq:job:" + job_id("L", "b", 0))
-    assert gate.enqueue(T0 + 1, "b", "f", items(0, 1)) == [0, 0]
+    assert gate.enqueue(T0 + 1, "b", "f", items(0, 1)) == [0, 0, 0]
     answer = read_answer(gate.sync(worker("A", 1, 2), T0 + 2))
     assert [job.payload for job in answer.jobs] == [b"f 0", b"f 1"]
 
@@ -107,7 +107,7 @@ def test_an_item_that_ended_as_lost_may_be_enqueued_again(gate: Gate) -> None:
     gate.client.delete("arq:job:" + job_id("L", "b", 0))
     gate.sync(worker("A", 1, 2), T0 + 1)
     assert gate.client.hget(gate.keys.batch("b"), "lost") == b"1"
-    assert gate.enqueue(T0 + 2, "b", "f", items(0, 1)) == [1, 0]
+    assert gate.enqueue(T0 + 2, "b", "f", items(0, 1)) == [1, 0, 0]
     answer = read_answer(gate.sync(worker("A", 2, 1, 1), T0 + 3))
     assert [job.id for job in answer.jobs] == [job_id("L", "b", 0)]
     assert gate.client.hget(gate.keys.batch("b"), "left") == b"2"
@@ -131,7 +131,7 @@ def test_nothing_new_wakes_nobody(gate: Gate) -> None:
     gate.sync(worker("A", 1, 1), T0 + 1)
     gate.sync(worker("A", 2, 1, 0, Entry(job_id("L", "b", 0), T0 + 2, 1, "completed", b"")), T0 + 2)
     gate.take_messages()
-    assert gate.enqueue(T0 + 3, "b", "f", items(0)) == [0, 1]
+    assert gate.enqueue(T0 + 3, "b", "f", items(0)) == [0, 1, 0]
     assert gate.take_messages() == []
 
 
@@ -167,6 +167,6 @@ def test_a_batch_lives_on_when_more_is_added_and_a_week_after_its_last_outcome(g
 
 
 def test_a_thousand_items_fit_in_one_chunk_and_come_out_in_order(gate: Gate) -> None:
-    assert gate.enqueue(T0, "b", "f", items(*range(1000))) == [1000, 0]
-    assert gate.enqueue(T0 + 1, "b", "f", items(*range(1000))) == [0, 0]
+    assert gate.enqueue(T0, "b", "f", items(*range(1000))) == [1000, 0, 0]
+    assert gate.enqueue(T0 + 1, "b", "f", items(*range(1000))) == [0, 0, 0]
     assert [int(name[2:]) for name in places(gate)] == list(range(1000))

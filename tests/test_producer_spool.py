@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -11,7 +12,8 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -19,16 +21,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from limiter.errors import LimitsError
-from producer.errors import SpoolError
+from producer.batch_lock import BatchLock
+from producer.errors import ParamsError, SpoolError
+from producer.facts import Facts
 from producer.inputs import checked_params
-from producer.spool import BatchLock, Spool, SpoolWriter, digest
+from producer.item_keys import key_of
+from producer.journal import Journal
+from producer.lines import LineFile
+from producer.manifest import continued, same_as_announced
+from producer.spool import Spool, digest
+from producer.spool_writer import SpoolGrowth, SpoolWriter
+from worker import codec
 
 BASE = b"\x80"
 
 # Writes 30,000 items; argv: data directory, at which fsync or rename it kills itself (0: never).
 WRITER = """
 import os, signal, sys
-from producer.spool import SpoolWriter
+from producer.spool_writer import SpoolGrowth, SpoolWriter
+from worker import codec
 calls = 0
 def dying(real):
     def call(*args):
@@ -48,11 +59,18 @@ print("finished", calls, flush=True)
 """
 
 
-def _written(data_dir: Path, items: list[bytes], batch: str = "b1") -> Spool:
-    with SpoolWriter(data_dir, batch, "users:flow", "users") as writer:
-        for item in items:
-            writer.add(item)
+def _written(data_dir: Path, items: list[bytes], batch: str = "b1", key: str = "") -> Spool:
+    with SpoolWriter(data_dir, batch, "users:flow", "users", key) as writer:
+        for number, item in enumerate(items):
+            writer.add(item, f"key {number}")
         return writer.finish(BASE)
+
+
+def _grow(spool: Spool, items: Iterable[bytes]) -> None:
+    with SpoolGrowth(spool) as growth:
+        for item in items:
+            growth.add(item)
+        growth.finish()
 
 
 def _names(data_dir: Path) -> set[str]:
@@ -78,8 +96,8 @@ def _assert_nothing_or_whole(data_dir: Path) -> None:
 @given(st.lists(st.binary(max_size=40), max_size=30), st.integers(1, 7), st.integers(2, 60))
 def test_items_come_back_whatever_their_sizes_and_blocks(items: list[bytes], block: int, flush: int) -> None:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        patch.setattr("producer.spool.BLOCK", block)
-        patch.setattr("producer.spool._FLUSH_BYTES", flush)
+        patch.setattr("producer.spool_writer.BLOCK", block)
+        patch.setattr("producer.spool_writer._FLUSH_BYTES", flush)
         _written(Path(folder), items)
         spool = Spool.open(folder, "b1")
         assert list(spool.items()) == list(enumerate(items))
@@ -93,9 +111,9 @@ def test_items_come_back_whatever_their_sizes_and_blocks(items: list[bytes], blo
 @given(st.lists(st.binary(max_size=20), max_size=20), st.lists(st.binary(max_size=20), max_size=20))
 def test_a_grown_spool_equals_one_written_at_once(first: list[bytes], more: list[bytes]) -> None:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        patch.setattr("producer.spool.BLOCK", 4)
+        patch.setattr("producer.spool_writer.BLOCK", 4)
         grown = _written(Path(folder), first, "grown")
-        grown.grow(more)
+        _grow(grown, more)
         once = _written(Path(folder), first + more, "once")
         assert list(grown.items()) == list(once.items()) == list(Spool.open(folder, "grown").items())
         assert (grown.count, grown.digests) == (once.count, once.digests)
@@ -115,13 +133,16 @@ def test_a_spool_knows_its_batch_and_each_item(tmp_path: Path) -> None:
 
 
 def test_files_are_for_the_owner_only(tmp_path: Path) -> None:
-    with BatchLock(tmp_path / "data", "b1"), _written(tmp_path / "data", [b"x"]) as spool:
-        spool.mark_received(0)
-        spool.set_position("1-1")
+    with (
+        BatchLock(tmp_path / "data", "b1"),
+        _written(tmp_path / "data", [b"x"], key="id") as spool,
+        Journal(spool.home, "b1", 1) as journal,
+    ):
+        LineFile(tmp_path / "out.jsonl", spool, journal).close()
         modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "data").rglob("*")}
     assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o700
     assert all(mode == (0o700 if path.is_dir() else 0o600) for path, mode in modes.items())
-    assert len(modes) == 9
+    assert len(modes) == 11
 
 
 def test_an_abandoned_or_raising_writer_leaves_nothing(tmp_path: Path) -> None:
@@ -213,11 +234,11 @@ def test_a_growth_that_raises_changes_nothing(tmp_path: Path) -> None:
     spool = _written(tmp_path, [b"old"] * 1_500)
     digests = list(spool.digests)
     with pytest.raises(ZeroDivisionError):
-        spool.grow(more())
+        _grow(spool, more())
     for seen in (spool, Spool.open(tmp_path, "b1")):
         assert (seen.count, seen.digests) == (1_500, digests)
         assert [item for _, item in seen.items()] == [b"old"] * 1_500
-    spool.grow([b"x"])
+    _grow(spool, [b"x"])
     assert [item for _, item in Spool.open(tmp_path, "b1").items()] == [b"old"] * 1_500 + [b"x"]
 
 
@@ -243,47 +264,112 @@ def test_a_growth_cut_short_at_any_step_leaves_the_old_spool_or_the_new(
         patch.setattr(os, "fsync", cut_short(os.fsync))
         patch.setattr(os, "replace", cut_short(os.replace))
         with pytest.raises(KeyboardInterrupt):
-            spool.grow(more)
+            _grow(spool, more)
     found = [item for _, item in Spool.open(tmp_path, "b1").items()]
     assert found == (old + more if call == 5 else old)
 
 
+async def _source(items: Iterable[bytes], keys: Iterable[str] = ()) -> AsyncIterator[tuple[bytes, str]]:
+    for item, key in zip_longest(items, keys, fillvalue=""):
+        yield item or b"", str(key)
+
+
 @pytest.mark.parametrize(
-    ("items", "verdict", "index"),
+    ("items", "said"),
     [
-        ([b"a", b"b", b"c"], "same", 3),
-        ([b"a", b"b", b"c", b"d", b"e"], "appended", 3),
-        ([b"a", b"x", b"c"], "differs", 1),
-        ([b"a", b"b"], "differs", 2),
-        ([], "differs", 0),
+        ([b"a", b"b", b"c"], ""),
+        ([b"a", b"b", b"c", b"d", b"e"], ""),
+        ([b"a", b"x", b"c"], "other params: item 1 differs"),
+        ([b"a", b"b"], "3 items, and these are only 2"),
+        ([], "3 items, and these are only 0"),
     ],
 )
-def test_a_new_input_is_compared_item_by_item(
-    tmp_path: Path, items: list[bytes], verdict: str, index: int
+def test_a_new_input_is_the_same_or_longer_or_refused_at_the_first_difference(
+    tmp_path: Path, items: list[bytes], said: str
 ) -> None:
     spool = _written(tmp_path, [b"a", b"b", b"c"])
-    found = spool.compare(iter(items))
-    assert (found.verdict, found.index) == (verdict, index)
-    assert list(found.rest) == (items[3:] if verdict == "appended" else [])
+    if said:
+        with pytest.raises(SpoolError, match=f"^batch 'b1' was enqueued with {said}; use another --batch"):
+            asyncio.run(continued(spool, _source(items)))
+    else:
+        asyncio.run(continued(spool, _source(items)))
+    found = [item for _, item in Spool.open(tmp_path, "b1").items()]
+    assert found == ([b"a", b"b", b"c"] if said else items)
 
 
-def test_outcomes_received_and_position_outlive_the_follower(tmp_path: Path) -> None:
-    with _written(tmp_path, [b"x"] * 20) as spool:
-        assert (spool.position, spool.received_count) == ("0-0", 0)
-        for index in (0, 7, 8, 19, 7):
-            spool.mark_received(index)
-        spool.set_position("1700000000000-3")
-        spool.grow([b"y"] * 10)
-        spool.mark_received(29)
+def test_with_a_key_an_item_is_found_wherever_it_stands_now(tmp_path: Path) -> None:
+    spool = _written(tmp_path, [b"a", b"b", b"c"], key="id")
+    asyncio.run(continued(spool, _source([b"c", b"new", b"a", b"b"], ["key 2", "key 9", "key 0", "key 1"])))
     again = Spool.open(tmp_path, "b1")
-    assert [n for n in range(30) if again.received(n)] == [0, 7, 8, 19, 29]
-    assert (again.position, again.received_count) == ("1700000000000-3", 5)
-    for call in (again.mark_received, again.received):
-        for wrong in (-1, 30):
-            with pytest.raises(IndexError):
-                call(wrong)
-    with pytest.raises(ValueError, match="is no id of a stream"):
-        again.set_position("$")
+    assert [item for _, item in again.items()] == [b"a", b"b", b"c", b"new"]
+    asyncio.run(continued(again, _source([b"new", b"c", b"b", b"a"], ["key 9", "key 2", "key 1", "key 0"])))
+    assert Spool.open(tmp_path, "b1").count == 4
+
+
+@pytest.mark.parametrize(
+    ("items", "keys", "said"),
+    [
+        ([b"b", b"a", b"X"], ["key 1", "key 0", "key 2"], r"other params: item 2 \(id 'key 2'\) differs"),
+        ([b"b", b"a"], ["key 1", "key 0"], "an item that is missing now: id None, item 2"),
+    ],
+)
+def test_with_a_key_another_input_is_refused_at_the_item(
+    tmp_path: Path, items: list[bytes], keys: list[str], said: str
+) -> None:
+    spool = _written(tmp_path, [b"a", b"b", codec.encode({})], key="id")
+    with pytest.raises(SpoolError, match=said):
+        asyncio.run(continued(spool, _source(items, keys)))
+    assert Spool.open(tmp_path, "b1").count == 3
+
+
+def test_a_repeated_key_is_refused_with_both_items(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ParamsError, match=r"^items 0 and 1200 have the same id \('u'\), which --key says is"),
+        SpoolWriter(tmp_path, "b1", "f", "l", "id") as writer,
+    ):
+        for number in range(1_201):
+            writer.add(b"x", "u" if number in (0, 1_200) else f"{number}")
+    assert _names(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        (
+            {"b": 1},
+            r"^item 3 of prep_async: 'id', the entry that --key names, is not there; give every item one",
+        ),
+        ({"id": 1.5}, "is of type float; use text or a whole number"),
+        ({"id": True}, "is of type bool"),
+    ],
+)
+def test_a_key_is_text_or_a_whole_number(params: dict[str, object], said: str) -> None:
+    with pytest.raises(ParamsError, match=said):
+        key_of(params, "id", 3, "prep_async")
+
+
+def test_a_host_without_the_spool_compares_by_the_thousand(tmp_path: Path) -> None:
+    items = [b"%d" % n for n in range(2_500)]
+    there = _written(tmp_path / "there", items)
+    facts = Facts("b1", "users", "users:flow", 2_500, 0, 0, 0.0, "e", False, True, {}, there.digests)
+
+    def compare(new: list[bytes]) -> None:
+        with SpoolWriter(tmp_path / "here", "b1", "users:flow", "users") as writer:
+            writer.watch(facts.count)
+            for item in new:
+                writer.add(item)
+            same_as_announced(facts, writer)
+
+    compare(items)
+    compare([*items, b"more"] * 1)
+    compare([*items, *[b"more"] * 3_000])
+    for wrong, said in ((1_700, "one of the items 1000 to 1999"), (2_499, "one of the items 2000 to 2499")):
+        other = list(items)
+        other[wrong] = b"other"
+        with pytest.raises(SpoolError, match=said):
+            compare([*other, b"more"])
+    with pytest.raises(SpoolError, match="2500 items, and these are only 2400"):
+        compare(items[:2_400])
 
 
 def test_two_producers_of_one_batch_refuse_each_other(tmp_path: Path) -> None:

@@ -61,23 +61,29 @@ def payload_key(job: str) -> str:
     return job_key_prefix + job
 
 
-def encode_job(flow: str, params: dict[str, Any], enqueue_ms: int) -> bytes:
-    """arq's own job record, in msgpack: `arq.jobs.deserialize_job` with our codec reads it."""
-    return codec.encode({"t": None, "f": flow, "a": (params,), "k": {}, "et": enqueue_ms})
+def encode_job(flow: str, params: dict[str, Any], enqueue_ms: int, retry: int = 0) -> bytes:
+    """arq's own job record, in msgpack: `arq.jobs.deserialize_job` with our codec reads it.
+
+    A retried item has arq's number of the try: 2 for its first retry.
+    """
+    number = retry + 1 if retry else None
+    return codec.encode({"t": number, "f": flow, "a": (params,), "k": {}, "et": enqueue_ms})
 
 
 class Job(msgspec.Struct):
-    """A decoded payload: the flow's name, the param dict, when it was enqueued (ms since 1970)."""
+    """A decoded payload: the flow's name, the param dict, when it was enqueued (ms since 1970), which retry."""
 
     flow: str
     params: dict[str, Any]
     enqueue_ms: int
+    retry: int = 0
 
 
 class _Record(msgspec.Struct):
     f: str
     a: tuple[dict[str, Any]]
     et: int
+    t: int | None = None
 
 
 _records = msgspec.msgpack.Decoder(_Record)
@@ -86,7 +92,7 @@ _records = msgspec.msgpack.Decoder(_Record)
 def decode_job(payload: bytes) -> Job:
     """Raises `msgspec.DecodeError` (a ValueError) on anything that `encode_job` did not write."""
     record = _records.decode(payload)
-    return Job(record.f, record.a[0], record.et)
+    return Job(record.f, record.a[0], record.et, max(0, (record.t or 1) - 1))
 
 
 class Failure(msgspec.Struct, omit_defaults=True):
@@ -113,6 +119,7 @@ class Outcome(msgspec.Struct, omit_defaults=True):
         nodes: name and seconds of each node that ran.
         left_behind: paths of entries of the shared store that could not travel.
         started, ended: seconds since 1970 on the worker's clock, for display only.
+        retry: how often the item had been retried when it was enqueued.
     """
 
     status: str
@@ -126,6 +133,7 @@ class Outcome(msgspec.Struct, omit_defaults=True):
     host: str = ""
     started: float = 0.0
     ended: float = 0.0
+    retry: int = 0
 
 
 _outcomes = msgspec.msgpack.Decoder(Outcome)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
 
 from redis.asyncio import Redis
@@ -18,6 +19,8 @@ from worker.store import Bases
 if TYPE_CHECKING:
     from worker.fleet_worker import FleetWorker
 
+
+log = logging.getLogger("pocketfleet.worker")
 
 SLICE = 50
 
@@ -72,6 +75,13 @@ class Crew:
     def lease_lost(self) -> None:
         for run in list(self.runs.values()):
             run.lease_lost()
+
+    def abort(self, job: str) -> None:
+        """The batch of the attempt was cancelled: end the run at its next await."""
+        run = self.runs.get(job)
+        if run is not None:
+            log.info("run.aborted job=%s", job)
+            run.stop("aborted")
 
     def ended(self, run: Run) -> None:
         """Its place is free: the next call may ask for one job more."""

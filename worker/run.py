@@ -17,7 +17,17 @@ import msgspec
 from limiter.held import Waits, hold, let_go, waits
 from limiter.sync import Claimed, Entry
 from worker.clock import Clock
-from worker.contract import COMPLETED, FAILED, Failure, Job, Outcome, decode_job, encode_outcome, split_job_id
+from worker.contract import (
+    ABORTED,
+    COMPLETED,
+    FAILED,
+    Failure,
+    Job,
+    Outcome,
+    decode_job,
+    encode_outcome,
+    split_job_id,
+)
 from worker.difference import difference
 from worker.failure import failure_of
 from worker.guard import Refused, guard
@@ -40,7 +50,7 @@ FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 60.0
 item: contextvars.ContextVar[str] = contextvars.ContextVar("pocketfleet_item", default="")
 """Batch item of the run that is speaking, for prefixes of prints and logs."""
 
-Ending = Literal["", "hand", "lost", "refused"]
+Ending = Literal["", "hand", "lost", "refused", "aborted"]
 
 
 class LeftTask(BaseException):
@@ -48,7 +58,7 @@ class LeftTask(BaseException):
 
 
 class Run:
-    """One attempt. `ending` says why it is being cancelled: handed back, or no longer ours."""
+    """One attempt. `ending` says why it is being cancelled: handed back, no longer ours, or its batch is."""
 
     __slots__ = (
         "batch",
@@ -182,7 +192,7 @@ class Run:
             await self._give_up(served)
             return
         outcome.difference, outcome.left_behind = difference(self.untouched, self.shared)
-        outcome.nodes = self.timings
+        outcome.nodes, outcome.retry = self.timings, job.retry
         if self.claimed.deaths or self.claimed.refusals or self.claimed.hand_backs:
             keeping = self._kept(served)
             outcome.attempts = attempts_of(self.claimed, keeping.counted.died_alone)
@@ -322,6 +332,8 @@ class Run:
 
     async def _give_up(self, served: ServedFlow) -> None:
         """It was stopped: handed back it takes with it what the gate does not know yet."""
+        if self.ending == "aborted":
+            settle(self, ABORTED)  # whoever cancelled the batch has recorded it; this frees the slot
         if self.ending == "hand":
             settle(self, "hand", first=await self._kept(served).handed_back(self.step, self.shared))
 

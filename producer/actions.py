@@ -1,0 +1,61 @@
+"""What can be done to a batch that is under way or over: cancel it, retry it, resubmit what was lost."""
+
+from __future__ import annotations
+
+from redis.asyncio import Redis
+
+from producer.batch import enqueue
+from producer.cancel import Cancelled, cancel
+from producer.follower import catch_up
+from producer.known import known_batch
+from producer.settings import ProducerSettings
+from worker.contract import STATUSES
+from worker.presence import living_workers
+
+
+async def cancel_batch(settings: ProducerSettings, batch: str) -> Cancelled:
+    """Take a batch off the queue and end its runs. May be repeated."""
+    async with known_batch(settings, batch) as known:
+        return await cancel(known.client, known.limit, known.flow, batch, known.count)
+
+
+async def retry_failed(settings: ProducerSettings, batch: str) -> tuple[int, str]:
+    """Enqueue every item again that ended without completing; how many, and a warning if nobody serves.
+
+    Raises:
+        SpoolError: the spool is not here, or another producer has the batch.
+    """
+    async with known_batch(settings, batch) as known:
+        with known.locked_journal() as journal:
+            await catch_up(known.client, known.limit, batch, journal)
+            journal.ask_again(list(journal.ended_with(STATUSES[1:])))
+            asked = len(journal.retries())
+            if asked:
+                await enqueue(
+                    known.client, known.own_spool, journal=journal, keep_s=settings.keep_s, only_retries=True
+                )
+        return asked, await unserved(known.client, known.flow)
+
+
+async def resubmit_lost(settings: ProducerSettings, batch: str) -> tuple[int, str]:
+    """Enqueue every item again that has no outcome and is not in the queue; how many, and a warning.
+
+    Raises:
+        SpoolError: the spool is not here, or another producer has the batch.
+    """
+    async with known_batch(settings, batch) as known:
+        with known.locked_journal() as journal:
+            await catch_up(known.client, known.limit, batch, journal)
+            if not journal.pending:
+                return 0, ""
+            done = await enqueue(
+                known.client, known.own_spool, journal=journal, keep_s=settings.keep_s, however_old=True
+            )
+        return done.added, await unserved(known.client, known.flow)
+
+
+async def unserved(client: Redis, flow: str) -> str:
+    """A warning if no worker would take the jobs of a flow, else ''."""
+    if any(flow in info.flows for info in await living_workers(client)):
+        return ""
+    return f"no worker serves {flow}; start one: pocketfleet worker {flow}"

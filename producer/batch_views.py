@@ -1,0 +1,181 @@
+"""What the `batch` commands show: a batch's status, the list of all, an item in a line."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from producer.facts import known_batches
+from producer.follower import mend, named, ranges
+from producer.known import bytes_in_redis, known_batch, redis_at, state_of
+from producer.settings import ProducerSettings
+from producer.spool import Spool
+from worker.contract import STATUSES
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+async def status_of(settings: ProducerSettings, batch: str) -> dict[str, Any]:
+    """A batch in figures: count, left, missing, one per status, and the items that Redis has lost.
+
+    `lost` is a list of ranges such as '3-7', None where items are lost and nobody here can name them.
+    """
+    async with known_batch(settings, batch) as known:
+        facts = known.facts
+        lost = await known.lost()
+        journal = known.read_journal()
+        statuses = journal.counts() if journal is not None and (lost or facts is None) else {}
+        if facts is not None and not lost:
+            statuses = facts.statuses
+        missing = facts.missing if facts is not None else known.count - sum(statuses.values())
+        if facts is not None and not facts.epoch and lost is not None:
+            missing = len(lost)
+        return {
+            "batch": batch,
+            "limit": known.limit,
+            "flow": known.flow,
+            "state": state_of(facts, lost),
+            "count": known.count,
+            "left": facts.left if facts else 0,
+            "missing": missing,
+            "failed_items": sum(statuses.get(status, 0) for status in STATUSES[1:]),
+            "lost": None if lost is None else list(ranges(lost)),
+            "lost_items": 0 if lost is None else len(lost),
+            "created": facts.created
+            if facts and facts.created
+            else (known.spool.created if known.spool else 0.0),
+            **statuses,
+        }
+
+
+def sentence_of(told: dict[str, Any]) -> str:
+    """Such as `b: 7 of 9 done: 6 completed, 1 failed`, and what is to be done."""
+    batch, done = told["batch"], told["count"] - told["left"] - told["missing"]
+    shown = ", ".join(f"{told[key]} {key}" for key in STATUSES if told.get(key))
+    sentence = f"{batch}: {done} of {told['count']} done{': ' if shown else ''}{shown}"
+    if told["state"] == "lost":
+        return f"{sentence}\n{lost_sentence(told)}"
+    if told["state"] == "cancelled":
+        return f"{sentence}; it was cancelled, and {told['missing']} did not run"
+    if told["state"] == "stopped":
+        return f"{sentence}; {told['missing']} are not in the queue: run or enqueue it again with --batch {batch}"
+    if told["state"] == "over" and told["failed_items"]:
+        return f"{sentence}; retry what failed: pocketfleet batch retry {batch} --failed"
+    return sentence
+
+
+def lost_sentence(told: dict[str, Any]) -> str:
+    batch = told["batch"]
+    if told["lost"] is None:
+        return (
+            f"Redis has lost batch {batch} or a part of it; its items can be named, and enqueued again, only where "
+            "its spool is: in the data directory of the host that enqueued it"
+        )
+    if not told["lost"]:
+        return f"{batch}: no item is lost"
+    items = [n for each in told["lost"] for n in _indexes(each)]
+    return (
+        f"Redis has lost {named(items)} of batch {batch} (those that run may still say so within a lease); "
+        f"{mend(batch)}"
+    )
+
+
+def _indexes(text: str) -> range:
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
+async def listed(settings: ProducerSettings) -> list[dict[str, Any]]:
+    """Every batch that Redis or this data directory knows, oldest first."""
+    async with redis_at(settings) as (client, _):
+        rows = [
+            {
+                "batch": facts.batch,
+                "flow": facts.flow,
+                "state": state_of(facts, [] if facts.epoch else None),
+                "count": facts.count,
+                "left": facts.left,
+                **facts.statuses,
+                "bytes_in_redis": await bytes_in_redis(client, facts),
+                "bytes_on_disk": bytes_of(settings.data_dir / "batches" / facts.batch),
+                "created": facts.created,
+            }
+            for facts in await known_batches(client)
+        ]
+    return sorted(
+        [*rows, *_only_here(settings, {row["batch"] for row in rows})], key=lambda row: row["created"]
+    )
+
+
+def _only_here(settings: ProducerSettings, others: set[Any]) -> list[dict[str, Any]]:
+    rows = []
+    for home in sorted((settings.data_dir / "batches").glob("*/meta.json")):
+        name = home.parent.name
+        if "+" not in name and name not in others:
+            spool = Spool.open(settings.data_dir, name)
+            rows.append(
+                {
+                    "batch": name,
+                    "flow": spool.flow,
+                    "state": "only on disk",
+                    "count": spool.count,
+                    "left": 0,
+                    "bytes_in_redis": 0,
+                    "bytes_on_disk": bytes_of(home.parent),
+                    "created": spool.created,
+                }
+            )
+    return rows
+
+
+def bytes_of(directory: Path) -> int:
+    """Bytes of the files of a directory."""
+    if not directory.is_dir():
+        return 0
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("batch", "flow", "state", "done", "failed", "in Redis", "on disk", "enqueued"):
+        table.add_column(
+            title, justify="right" if title in ("done", "failed", "in Redis", "on disk") else "left"
+        )
+    for row in rows:
+        ended = sum(row.get(status, 0) for status in STATUSES)
+        table.add_row(
+            row["batch"],
+            row["flow"],
+            row["state"],
+            f"{ended}/{row['count']}",
+            str(ended - row.get(STATUSES[0], 0)),
+            size_text(row["bytes_in_redis"]),
+            size_text(row["bytes_on_disk"]),
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"])),
+        )
+    return table
+
+
+def size_text(size: float) -> str:
+    """
+    >>> size_text(900), size_text(2_500_000)
+    ('900 B', '2.5 MB')
+    """
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def short_line(record: dict[str, Any]) -> str:
+    """An item in one line of a terminal."""
+    error = record["error"]
+    again = f" (retry {record['retry']})" if record["retry"] else ""
+    what = f"{error.type}: {error.message}" if error else repr(record["action"])
+    text = f"{record['index']} {record['status']}{again} {what}"
+    return "".join(char if char.isprintable() else " " for char in text)[:200]

@@ -1,0 +1,73 @@
+"""Taking a batch off the queue: all of it, or what has never begun."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from redis.asyncio import Redis
+
+from limiter.keys import GateKeys
+from limiter.script import script
+from worker.contract import ABORTED, Failure, Outcome, encode_outcome
+
+CANCEL = Path(__file__).with_name("cancel.lua")
+CHUNK = 1_000
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """What a cancel did: items taken off the queue, runs that were ended, items the batch still has left."""
+
+    waiting: int = 0
+    running: int = 0
+    left: int = 0
+
+
+async def cancel(
+    client: Redis,
+    limit: str,
+    flow: str,
+    batch: str,
+    count: int,
+    told: Callable[[int], None] = lambda done: None,
+) -> Cancelled:
+    """End a batch: waiting items leave the queue at once, runs are recorded as aborted and told to stop.
+
+    A run ends at its next await, or with its sync node; until then it holds its slot. In chunks, and safe
+    to repeat: a cancel that was killed is finished by the next one. Enqueueing the batch again goes on with
+    what has not completed.
+
+    Args:
+        count: items of the batch.
+        told: hears after each chunk how many items have been dealt with.
+    """
+    failure = Failure("Cancelled", "its batch was cancelled while it ran")
+    outcome = encode_outcome(Outcome(ABORTED, failure=failure))
+    return await _in_chunks(client, limit, flow, batch, count, outcome, told)
+
+
+async def withdraw(client: Redis, limit: str, flow: str, batch: str, count: int) -> Cancelled:
+    """Take off the queue what has never begun; what began goes on, or waits with its checkpoint."""
+    return await _in_chunks(client, limit, flow, batch, count, b"", lambda done: None)
+
+
+async def _in_chunks(
+    client: Redis,
+    limit: str,
+    flow: str,
+    batch: str,
+    count: int,
+    outcome: bytes,
+    told: Callable[[int], None],
+) -> Cancelled:
+    send: Any = script(client, CANCEL)
+    keys, waiting, running, left = GateKeys(limit).all, 0, 0, 0
+    for first in range(0, count, CHUNK):
+        size = min(CHUNK, count - first)
+        taken, ended, left = await send(keys=keys, args=["", "", batch, flow, first, size, outcome])
+        waiting, running = waiting + taken, running + ended
+        told(first + size)
+    return Cancelled(waiting, running, left)

@@ -1,0 +1,129 @@
+"""What Redis knows of a batch: where it belongs, how many of its items are left, how they ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from redis.asyncio import Redis
+
+from limiter.keys import BATCHES, GateKeys
+from producer.errors import SpoolError
+from producer.spool import Spool
+from worker.contract import LOST, STATUSES
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One batch at one moment.
+
+    Attributes:
+        count: its items; `left`: those that wait or run; `done`: those that have ended for good.
+        epoch: made up anew when the batch is first told to a Redis; '' = what told it is lost.
+        enqueued: whether the producer has put all of it into the queue.
+        statuses: how many ended, by status.
+        digests: per 1,000 items, as the producer of the spool made them.
+    """
+
+    batch: str
+    limit: str
+    flow: str
+    count: int
+    left: int
+    done: int
+    created: float
+    epoch: str
+    cancelled: bool
+    enqueued: bool
+    statuses: dict[str, int] = field(default_factory=dict)
+    digests: list[str] = field(default_factory=list)
+    key: str = ""
+
+    @property
+    def missing(self) -> int:
+        """Items that neither wait nor run nor have ended: never enqueued, cancelled, or lost."""
+        return max(0, self.count - self.left - self.done - self.statuses.get(LOST, 0))
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing of it waits or runs."""
+        return self.left <= 0
+
+    @property
+    def failed(self) -> int:
+        """Items that ended without completing."""
+        return sum(self.statuses.get(status, 0) for status in STATUSES[1:])
+
+
+_READ = ("flow", "count", "left", "created", "epoch", "cancelled", "enqueued", "key", *STATUSES)
+
+
+async def read_facts(client: Redis, limit: str, batch: str, *, digests: bool = False) -> Facts | None:
+    """The facts of a batch, or None where Redis has none; `digests` only where asked for."""
+    keys = GateKeys(limit)
+    async with client.pipeline(transaction=False) as pipe:
+        pipe.hmget(keys.batch(batch), list(_READ))
+        pipe.bitcount(keys.done(batch))
+        values, done = await pipe.execute()
+    if all(value is None for value in values):
+        return None
+    text = {name: (value or b"").decode() for name, value in zip(_READ, values, strict=True)}
+    count = int(text["count"] or 0)
+    blocks: list[bytes | None] = []
+    if digests and count:
+        names = [f"digest:{n}" for n in range((count + 999) // 1000)]
+        blocks = await client.hmget(keys.batch(batch), names)  # type: ignore[misc]
+    return Facts(
+        batch=batch,
+        limit=limit,
+        flow=text["flow"],
+        count=count,
+        left=max(0, int(text["left"] or 0)),
+        done=done,
+        created=float(text["created"] or 0),
+        epoch=text["epoch"],
+        cancelled=bool(text["cancelled"]),
+        enqueued=bool(text["enqueued"]),
+        statuses={status: int(text[status]) for status in STATUSES if int(text[status] or 0)},
+        digests=[block.decode() for block in blocks if block],
+        key=text["key"],
+    )
+
+
+async def find_batch(client: Redis, batch: str, data_dir: Path | None = None) -> tuple[str, str]:
+    """Limit and flow of a batch: as Redis knows them, else as its spool in `data_dir` does.
+
+    Raises:
+        SpoolError: nobody knows it.
+    """
+    found = await client.hget(BATCHES, batch)  # type: ignore[misc]
+    if found is not None:
+        facts = msgspec.json.decode(found)
+        return facts["limit"], facts["flow"]
+    if data_dir is not None and Spool.exists(data_dir, batch):
+        spool = Spool.open(data_dir, batch)
+        return spool.limit, spool.flow
+    known = [name.decode() for name in await client.hkeys(BATCHES)]  # type: ignore[misc]
+    latest = f" (known: {', '.join(sorted(known)[-5:])})" if known else ""
+    raise SpoolError(f"batch '{batch}' is not known here{latest}", batch=batch)
+
+
+async def known_batches(client: Redis) -> list[Facts]:
+    """Every batch that Redis knows, oldest first."""
+    found = [await read_facts(client, limit, batch) for batch, limit in (await forget_gone(client)).items()]
+    return sorted((facts for facts in found if facts is not None), key=lambda facts: facts.created)
+
+
+async def forget_gone(client: Redis) -> dict[str, str]:
+    """Drop the names of batches whose keys are gone; returns the others with their limits."""
+    names = await client.hgetall(BATCHES)  # type: ignore[misc]
+    limits = {name.decode(): msgspec.json.decode(about)["limit"] for name, about in names.items()}
+    async with client.pipeline(transaction=False) as pipe:
+        for batch, limit in limits.items():
+            pipe.exists(GateKeys(limit).batch(batch))
+        there = await pipe.execute() if limits else []
+    gone = [batch for batch, exists in zip(limits, there, strict=True) if not exists]
+    if gone:
+        await client.hdel(BATCHES, *gone)  # type: ignore[misc]
+    return {batch: limit for batch, limit in limits.items() if batch not in gone}

@@ -1,0 +1,97 @@
+"""Waiting for a batch that others run, and reading what it has given so far."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from limiter.client import open_client
+from producer.batch_lock import InOtherHands
+from producer.batch_views import status_of
+from producer.follow import Ended, read
+from producer.follower import Follower
+from producer.journal import Journal
+from producer.known import Known, known_batch
+from producer.lines import LineFile, check_writable, record_of
+from producer.progress import Progress
+from producer.settings import ProducerSettings
+
+
+async def wait_for(settings: ProducerSettings, batch: str, output: Path | None) -> dict[str, Any]:
+    """Follow a batch until it is over; returns its status then.
+
+    With the batch's spool at hand what comes is written down, so that no later command asks for it again.
+
+    Raises:
+        SpoolError: nobody knows the batch; with `output`: it has no spool here, or another producer has it.
+    """
+    if output is not None:
+        check_writable(output)
+    async with known_batch(settings, batch) as known:
+        with contextlib.ExitStack() as stack:
+            journal = None
+            if output is not None or known.spool is not None:
+                try:
+                    journal = stack.enter_context(known.locked_journal())
+                except InOtherHands:
+                    if output is not None:
+                        raise
+            lines = None
+            if output is not None and journal is not None:
+                lines = stack.enter_context(contextlib.closing(LineFile(output, known.own_spool, journal)))
+            await _follow(known, journal, lines)
+    return await status_of(settings, batch)
+
+
+async def _follow(known: Known, journal: Journal | None, lines: LineFile | None) -> None:
+    progress = Progress(known.flow, known.limit, known.count)
+    progress.sent = known.count
+    progress.start(known.client)
+    reader = open_client(known.place.url)
+    follower = Follower(
+        reader,
+        known.limit,
+        known.flow,
+        known.batch,
+        journal=journal,
+        lease_s=known.settings.lease_s,
+        say=progress.say,
+    )
+    try:
+        async for ended in follower.news():
+            for each in ended:
+                progress.count(each.status == "completed")
+            if lines is not None:
+                lines.catch_up()
+    finally:
+        await reader.aclose()
+        await progress.stop()
+
+
+async def records(settings: ProducerSettings, batch: str) -> AsyncIterator[dict[str, Any]]:
+    """What every attempt that ended has given so far, in the order of receipt, as an output line tells it."""
+    async with known_batch(settings, batch) as known:
+        await known.caught_up()
+        async for ended in _ended(known):
+            spool = known.spool
+            yield record_of(ended, spool.params(ended.index) if spool is not None else None)
+        if known.spool is None:
+            print(f"batch {batch} has no spool here, so params are not shown", file=sys.stderr, flush=True)
+
+
+async def _ended(known: Known) -> AsyncIterator[Ended]:
+    """From the journal; what another producer is about to write down, and without one all, from Redis."""
+    journal, position = known.read_journal(), "0-0"
+    if journal is not None:
+        for ended, _ in journal.outcomes():
+            yield ended
+        if known.facts is None or known.facts.epoch != journal.epoch:
+            return
+        position = journal.position
+    while found := await read(known.client, known.limit, known.batch, position, None):
+        position = found[-1].position
+        for ended in found:
+            yield ended
