@@ -331,7 +331,8 @@ class Pump:
         while self._waiters and self._waiters[0].done():
             self._waiters.popleft()
         crew = self._crew
-        remember = self.held > 0 or monotonic() < self._remember_until
+        # what has ended was a claim of that gate too: one that lost its data must adopt it
+        remember = self.held > 0 or bool(self._news.entries) or monotonic() < self._remember_until
         call = Call(
             self.process.id,
             self._seq,

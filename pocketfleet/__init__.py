@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from limiter.permit import Permit
     from limiter.refusal import RateLimitHit
     from producer.adaptive import AdaptiveThrottledBatchFlow
+    from producer.enqueued import Batch, ItemOutcome, ItemsLost
     from producer.errors import InputError, ParamsError, ProducerError, SpoolError
     from producer.flows import FlowFailed, ThrottledAsyncParallelBatchFlow
     from producer.presets import FlowPresets
@@ -34,10 +35,13 @@ __all__ = [
     "AdaptiveThrottledBatchFlow",
     "AdaptiveThrottledNode",
     "AdmissionTimeout",
+    "Batch",
     "FlowFailed",
     "FlowPresets",
     "HeldAlready",
     "InputError",
+    "ItemOutcome",
+    "ItemsLost",
     "LeaseLost",
     "LimiterError",
     "LimitsError",
@@ -74,6 +78,7 @@ _HOMES = {
     "limiter.permit": ("Permit",),
     "limiter.refusal": ("RateLimitHit",),
     "producer.adaptive": ("AdaptiveThrottledBatchFlow",),
+    "producer.enqueued": ("Batch", "ItemOutcome", "ItemsLost"),
     "producer.errors": ("InputError", "ParamsError", "ProducerError", "SpoolError"),
     "producer.flows": ("FlowFailed", "ThrottledAsyncParallelBatchFlow"),
     "producer.presets": ("FlowPresets",),

@@ -6,17 +6,18 @@
 -- ARGV[4]  flow     name of the flow
 -- ARGV[5]  first    index of the first item of the chunk
 -- ARGV[6]  count    items of the chunk, at most 1000
--- ARGV[7]  outcome  what is recorded of a run that goes on, as encoded by the worker; '' = take off only
---                   items that were never claimed, and leave the others to whoever goes on with the batch
+-- ARGV[7]  what     fresh = take off only items that were never claimed, and leave the others to whoever
+--                   goes on with the batch; waiting = all that do not run; all = end those that run too
+-- ARGV[8]  outcome  with 'all': what is recorded of a run that goes on, as the worker encodes it
 --
 -- Returns {taken off, ended, counted}: items that waited; runs that were ended; those of either that the
 -- batch still counts as left.
--- A waiting item leaves no outcome: the next enqueue of the batch brings it again. With an outcome the
--- batch is marked as cancelled first, so that nobody goes on enqueueing it, and a run is ended here: it
--- counts as aborted, and its process hears of it and stops it. That process holds the slot until then, and
--- what it says of the run later is refused.
+-- A waiting item leaves no outcome: the next enqueue of the batch brings it again. Unless only fresh ones
+-- are taken, the batch is marked as cancelled first, so that nobody goes on enqueueing it. A run is ended
+-- here: it counts as aborted, and its process hears of it and stops it. That process holds the slot until
+-- then, and what it says of the run later is refused.
 
-local batch, flow, outcome = ARGV[3], ARGV[4], ARGV[7]
+local batch, flow, what, outcome = ARGV[3], ARGV[4], ARGV[7], ARGV[8]
 local first, count = tonumber(ARGV[5]), tonumber(ARGV[6])
 local limit = string.match(GATE, '{(.-)}')
 local key, queue = ROOT .. 'batch:' .. batch, queue_of(flow)
@@ -28,7 +29,7 @@ if state.gen > 0 then
 end
 
 local known = redis.call('EXISTS', key) == 1
-if known and outcome ~= '' then redis.call('HSET', key, 'cancelled', 1) end
+if known and what ~= 'fresh' then redis.call('HSET', key, 'cancelled', 1) end
 if known then redis.call('HDEL', key, 'enqueued') end
 
 local ids, gone, payloads = {}, {}, {}
@@ -50,8 +51,9 @@ end
 local taken, ended = 0, 0
 for i, score in ipairs(scores) do
   local job = records[i] and read_job(records[i])
-  if score and (outcome ~= '' or not job) then
-    if tonumber(score) > PARKED and job then
+  local runs = job and score and tonumber(score) > PARKED
+  if score and (what == 'all' or not job or (what == 'waiting' and not runs)) then
+    if runs then
       abort(i, job)
       ended = ended + 1
     else

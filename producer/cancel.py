@@ -44,14 +44,15 @@ async def cancel(
         count: items of the batch.
         told: hears after each chunk how many items have been dealt with.
     """
-    failure = Failure("Cancelled", "its batch was cancelled while it ran")
-    outcome = encode_outcome(Outcome(ABORTED, failure=failure))
-    return await _in_chunks(client, limit, flow, batch, count, outcome, told)
+    # a place that a run leaves must not go to the next item of the batch: what waits goes first
+    first = await _in_chunks(client, limit, flow, batch, count, "waiting", told)
+    rest = await _in_chunks(client, limit, flow, batch, count, "all")
+    return Cancelled(first.waiting + rest.waiting, rest.running, rest.left)
 
 
 async def withdraw(client: Redis, limit: str, flow: str, batch: str, count: int) -> Cancelled:
     """Take off the queue what has never begun; what began goes on, or waits with its checkpoint."""
-    return await _in_chunks(client, limit, flow, batch, count, b"", lambda done: None)
+    return await _in_chunks(client, limit, flow, batch, count, "fresh")
 
 
 async def _in_chunks(
@@ -60,14 +61,16 @@ async def _in_chunks(
     flow: str,
     batch: str,
     count: int,
-    outcome: bytes,
-    told: Callable[[int], None],
+    what: str,
+    told: Callable[[int], None] = lambda done: None,
 ) -> Cancelled:
     send: Any = script(client, CANCEL)
+    failure = Failure("Cancelled", "its batch was cancelled while it ran")
+    outcome = encode_outcome(Outcome(ABORTED, failure=failure))
     keys, waiting, running, left = GateKeys(limit).all, 0, 0, 0
     for first in range(0, count, CHUNK):
         size = min(CHUNK, count - first)
-        taken, ended, left = await send(keys=keys, args=["", "", batch, flow, first, size, outcome])
+        taken, ended, left = await send(keys=keys, args=["", "", batch, flow, first, size, what, outcome])
         waiting, running = waiting + taken, running + ended
         told(first + size)
     return Cancelled(waiting, running, left)

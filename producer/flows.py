@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pocketflow import AsyncParallelBatchFlow
 
@@ -20,6 +20,9 @@ from limiter.refusal import Hook
 from producer.errors import ProducerError
 from worker.contract import FOUND_NAME, limit_of
 from worker.registry import refuse_while_importing
+
+if TYPE_CHECKING:
+    from producer.enqueued import Batch
 
 
 class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[type-arg]
@@ -261,6 +264,8 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
         batch: str | None = None,
         workers: int | None = None,
         output: str | Path | None = None,
+        key: str = "",
+        weight: float = 1.0,
     ) -> Any:
         """Have the fleet run the flows; return what `post_async(shared, prep_res, results)` returns.
 
@@ -271,7 +276,12 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
         Args:
             batch: id of the batch; the same id again runs only what is missing. Default: a new one.
             workers: None uses the workers that are there, 0 runs them in this process, n starts n.
-            output: a file that gets one JSON line per item.
+            output: a file that gets one line per item as it ends, .jsonl or .csv.
+            key: the params' entry that identifies an item when the batch is run again; '' = its position.
+            weight: the batch's share of the limit among other batches: 2 gets twice as much as 1.
+
+        Cancelled, it says the batch's id. Workers that are there go on with it; what workers of its own
+        have not begun leaves the queue, and the same id goes on with it later.
 
         Raises:
             ParamsError, LimitsError, SettingsError: something cannot be used; nothing was enqueued.
@@ -279,7 +289,7 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
         """
         from producer.fleet_run import FleetRun
 
-        run = FleetRun(self, shared, batch=batch, workers=workers, output=output)
+        run = FleetRun(self, shared, batch=batch, workers=workers, output=output, key=key, weight=weight)
         try:
             return await run.go()
         finally:
@@ -287,6 +297,29 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
             self._rate_limits += run.refusals
             self._successes = run.successes if run.refusals else self._successes + run.successes
             self._level = run.level if run.level is not None else self._level
+
+    async def enqueue(
+        self, shared: Any, *, batch: str | None = None, key: str = "", weight: float = 1.0
+    ) -> Batch:
+        """Put one job per param dict of `prep_async` into the queue, for workers that run elsewhere.
+
+        Nothing is merged and `post_async` is not called: `async for outcome in batch` and
+        `await batch.results()` tell what became of the items, `run_on_fleet(shared, batch=batch.id)`
+        follows and merges.
+
+        Args:
+            batch, key, weight: as `run_on_fleet` has them.
+
+        Raises:
+            ParamsError, LimitsError, SettingsError, SpoolError: something cannot be used; nothing was enqueued.
+            RedisRefused: Redis cannot be reached or refuses us.
+        """
+        from producer.enqueued import Batch
+        from producer.fleet_run import FleetRun
+
+        run = FleetRun(self, shared, batch=batch, key=key, weight=weight)
+        spool = await run.enqueue_only()
+        return Batch(run.batch, spool.flow, spool.count)
 
     @property
     def stats(self) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from limiter.script import sync_script
 from limiter.sync import RENEW, SYNC, Abort, Answer, Call, Entry, Grant, read_answer, read_wake
 
 ENQUEUE = Path(producer.__file__).with_name("enqueue.lua")
+CANCELLED = b"cancelled"
+"""What tests let the cancel script record of a run."""
 CANCEL = Path(producer.__file__).with_name("cancel.lua")
 T0 = 10**15
 """A birth of a gate in tests, us: as many digits as a real one."""
@@ -93,8 +95,8 @@ class Gate:
         self.collect()
         return reply
 
-    def cancel(self, now: int, batch: str, flow: str, first: int, count: int, outcome: bytes) -> list[int]:
-        args = ["", now, batch, flow, first, count, outcome]
+    def cancel(self, now: int, batch: str, flow: str, first: int, count: int, what: str) -> list[int]:
+        args = ["", now, batch, flow, first, count, what, CANCELLED]
         reply: list[int] = self._cancel(keys=self.keys.all, args=args)
         self.collect()
         return reply
@@ -447,22 +449,24 @@ class Ledger:
             record.next, record.counted = int(f"{place:.0f}"), True
         assert reply == [added, dealt, 0], (reply, added, dealt)
 
-    def cancel(self, now: int, batch: str, first: int, count: int, outcome: bytes, reply: list[int]) -> None:
-        """Waiting items are gone; with an outcome so are those that run, and the batch is marked."""
+    def cancel(self, now: int, batch: str, first: int, count: int, what: str, reply: list[int]) -> None:
+        """Waiting items are gone, or those that never began; with 'all' what runs is ended too."""
         if self.birth:
             self._clock(now, "")
         record = self.batches.setdefault(batch, Batch())
-        record.cancelled = record.cancelled or (bool(outcome) and record.counted)
+        record.cancelled = record.cancelled or (what != "fresh" and record.counted)
         waiting = running = 0
         for index in range(first, first + count):
             item = self.items.get(job_id(self.limit, batch, index))
-            if item is None or (item.recorded and not outcome):
+            if item is None or (item.recorded and what == "fresh"):
+                continue
+            if item.state == "claimed" and what != "all":
                 continue
             del self.items[item.id]
             if item.state == "claimed":
                 running += 1
                 record.done.add(index)
-                record.outcomes.append((index, item.attempt, "aborted", outcome))
+                record.outcomes.append((index, item.attempt, "aborted", CANCELLED))
             else:
                 waiting += 1
         left = sum(item.batch == batch for item in self.items.values())

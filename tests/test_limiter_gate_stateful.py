@@ -327,11 +327,11 @@ class Episode:
     def cancel(self, who: int, x: float) -> None:
         """All of a batch or what of it never began; then its producer may take it up again."""
         batch, first, count = ("b1", "b2", "b3")[who % 3], int(x * 20) % 7, 1 + int(x * 1000) % 60
-        outcome = b"cancelled" if x < 0.5 else b""
+        what = ("all", "all", "waiting", "fresh")[int(x * 4)]
         flow = "g" if batch == "b3" else "f"
-        reply = self.gate.cancel(self.now, batch, flow, first, count, outcome)
-        self.ledger.cancel(self.now, batch, first, count, outcome, reply)
-        if x < 0.4:
+        reply = self.gate.cancel(self.now, batch, flow, first, count, what)
+        self.ledger.cancel(self.now, batch, first, count, what, reply)
+        if int(x * 100) % 5:
             self.gate.client.hdel(self.gate.keys.batch(batch), "cancelled")
             self.ledger.batches[batch].cancelled = False
 

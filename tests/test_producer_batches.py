@@ -1,0 +1,347 @@
+"""Batches as people use them: killed and resumed, cancelled, retried, lost and found, from commands and Python."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from limiter.keys import BATCHES, GateKeys
+from tests.fleet import Child, Site, site, until
+
+USERS = """
+import asyncio, os
+from ledger import note, noted
+from pocketflow import AsyncNode
+from pocketfleet import ThrottledAsyncParallelBatchFlow
+
+
+class Fetch(AsyncNode):
+    async def exec_async(self, _):
+        with noted(self.params["user_id"]):
+            await asyncio.sleep(self.params.get("s", 0))
+            if os.path.exists("broken") and self.params["user_id"] % 5 == 0:
+                raise ValueError("unlucky")
+            return "x" * self.params.get("large", 0)
+
+    async def post_async(self, shared, prep_res, exec_res):
+        shared.setdefault("seen", {})[str(self.params["user_id"])] = len(exec_res)
+        if exec_res:
+            shared.setdefault("texts", {})[str(self.params["user_id"])] = exec_res
+        return "done"
+
+
+class Users(ThrottledAsyncParallelBatchFlow):
+    async def prep_async(self, shared):
+        common = {"s": shared.get("s", 0), "large": shared.get("large", 0)}
+        return [{"user_id": number, **common} for number in shared["ids"]]
+
+    async def post_async(self, shared, prep_res, results):
+        return sorted(map(int, shared.get("seen", {})))
+
+
+flow = Users(start=Fetch(), max_concurrent_flows=8)
+"""
+
+
+@pytest.fixture
+def place() -> Iterator[Site]:
+    with site({"users.py": USERS}) as place:
+        place.env["POCKETFLEET_LEASE_S"] = "2"
+        yield place
+
+
+def ids(count: int) -> str:
+    return "ids=" + json.dumps(list(range(count)), separators=(",", ":"))
+
+
+def told(child: Child, code: int | None = 0) -> str:
+    assert code is None or child.code() == code, child.output()
+    child.code()
+    return child.output()
+
+
+def status(place: Site, batch: str = "b") -> dict[str, Any]:
+    child = place.pocketfleet("batch", "status", batch, "--json")
+    found: dict[str, Any] = json.loads(told(child, None))
+    return found
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_producer_and_workers_are_killed_at_random_and_every_item_has_one_line(place: Site) -> None:
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    rng, count, output = random.Random(seed), 1_500, place.directory / "out.csv"
+    words = ["run", "users:flow", "--set", ids(count), "--set", "s=0.01", "--workers", "2", "--batch", "b"]
+    words += ["--output", "out.csv"]
+    for _ in range(5):
+        child = place.pocketfleet(*words)
+        time.sleep(rng.uniform(1.5, 3.0))
+        if child._process.poll() is not None:
+            break
+        child.kill()
+    said = told(place.pocketfleet(*words))
+    assert f"{count} completed" in said
+    with output.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert Counter(int(row["index"]) for row in rows) == Counter(range(count))
+    assert all(json.loads(row["params"])["user_id"] == int(row["index"]) for row in rows)
+    assert "the batch was over, nothing ran" in told(place.pocketfleet(*words))
+
+
+def test_a_cancel_stops_what_waits_at_once_and_what_runs_at_its_next_await(place: Site) -> None:
+    worker = place.pocketfleet("worker", "users:flow")
+    told(place.pocketfleet("enqueue", "users:flow", "--set", ids(3_000), "--set", "s=30", "--batch", "b"))
+    until(lambda: place.ledger.count("start") == 8, "8 run")
+    wait = place.pocketfleet("batch", "wait", "b", "--output", "out.jsonl")
+    time.sleep(1.0)
+    said = told(place.pocketfleet("batch", "cancel", "b"))
+    assert said == "b: 2992 items taken off the queue, 8 runs told to stop\n"
+    until(lambda: place.ledger.count("left") == 8, "the runs have stopped", timeout_s=5)
+    assert place.waiting("users:flow") == 0
+    assert "b: 8 of 3000 done: 8 aborted; it was cancelled, and 2992 did not run" in told(wait, 1)
+    assert [line["status"] for line in lines(place.directory / "out.jsonl")] == ["aborted"] * 8
+    assert (told(place.pocketfleet("batch", "cancel", "b"))).startswith(
+        "b: 0 items taken off the queue, 0 runs"
+    )
+
+    place.write("short.jsonl", "")
+    again = told(
+        place.pocketfleet("enqueue", "users:flow", "--set", ids(3_000), "--set", "s=30", "--batch", "b")
+    )
+    assert "3000 of 3000 items enqueued" in again
+    until(lambda: place.ledger.count("start") == 16, "it goes on")
+    assert (status(place)["state"], status(place)["left"]) == ("running", 3000)
+    told(place.pocketfleet("batch", "cancel", "b"))
+    until(lambda: place.ledger.count("left") == 16)
+    worker.end()
+
+
+def test_a_retry_runs_the_failures_alone_and_keeps_the_history(place: Site) -> None:
+    (place.directory / "broken").touch()
+    words = ["run", "users:flow", "--set", ids(12), "--workers", "1", "--batch", "b", "--output", "out.jsonl"]
+    said = told(place.pocketfleet(*words), 1)
+    assert "9 completed, 3 failed" in said
+    assert "retry what failed: pocketfleet batch retry b --failed && pocketfleet run users:flow" in said
+    assert "9 completed, 3 failed; the batch was over, nothing ran" in told(place.pocketfleet(*words), 1)
+    assert place.ledger.count("start") == 12
+    (place.directory / "broken").unlink()
+
+    assert "say which items to retry" in told(place.pocketfleet("batch", "retry", "b"), 2)
+    assert "3 items enqueued again" in told(place.pocketfleet("batch", "retry", "b", "--failed"))
+    assert "3 items enqueued again" in told(place.pocketfleet("batch", "retry", "b", "--failed")), (
+        "asked twice"
+    )
+    assert "12 completed" in told(place.pocketfleet(*words))
+    assert place.ledger.items("start") == Counter({str(n): 2 if n % 5 == 0 else 1 for n in range(12)})
+    written = Counter(
+        (line["index"], line["retry"], line["status"]) for line in lines(place.directory / "out.jsonl")
+    )
+    failed = {(n, 0, "failed"): 1 for n in (0, 5, 10)}
+    assert written == Counter({(n, int(n % 5 == 0), "completed"): 1 for n in range(12)} | failed)
+    assert status(place)["completed"] == 12
+    results = told(place.pocketfleet("batch", "results", "b", "--json"))
+    assert len(results.splitlines()) == 15
+    assert told(place.pocketfleet("batch", "results", "b", "--failed")).splitlines()[0] == (
+        "0 failed ValueError: unlucky"
+    )
+
+
+def test_items_that_redis_lost_are_named_and_only_they_run_again(place: Site) -> None:
+    worker = place.pocketfleet("worker", "users:flow")
+    words = ["enqueue", "users:flow", "--set", ids(60), "--set", "s=0.5", "--batch", "b"]
+    told(place.pocketfleet(*words))
+    wait = place.pocketfleet("batch", "wait", "b", "--output", "out.jsonl")
+    output = place.directory / "out.jsonl"
+    until(lambda: output.exists() and len(lines(output)) >= 8, "8 were written down")
+    with place.client() as client:
+        client.flushall()
+    lost_at = time.monotonic()
+    said = told(wait, 1)
+    assert time.monotonic() - lost_at < 60
+    written = {line["index"] for line in lines(place.directory / "out.jsonl")}
+    named = set(range(60)) - written
+    assert 16 <= len(written) < 60
+    assert f"Redis has lost {len(named)} items" in said
+    assert "pocketfleet batch lost b --resubmit" in said
+    ran = place.ledger.items("end")
+    assert set(map(int, ran)) == written, "what ran when Redis lost its data is not lost"
+
+    asked = place.pocketfleet("batch", "lost", "b", "--json")
+    shown = json.loads(told(asked, 1))["lost"]
+    assert {
+        n for each in shown for n in range(int(each.split("-")[0]), int(each.split("-")[-1]) + 1)
+    } == named
+    assert told(place.pocketfleet("batch", "lost", "b", "--resubmit")).startswith(
+        f"{len(named)} items enqueued"
+    )
+    assert told(place.pocketfleet("batch", "lost", "b", "--resubmit")).startswith("0 items enqueued again")
+    assert "b: 60 of 60 done: 60 completed" in told(
+        place.pocketfleet("batch", "wait", "b", "--output", "out.jsonl")
+    )
+    assert Counter(line["index"] for line in lines(place.directory / "out.jsonl")) == Counter(range(60))
+    assert place.ledger.items("end") == Counter({str(n): 1 for n in range(60)})
+    assert status(place)["missing"] == 0
+    worker.end()
+
+
+def test_without_the_spool_a_loss_is_told_of_the_batch_as_a_whole(place: Site) -> None:
+    told(place.pocketfleet("enqueue", "users:flow", "--set", ids(5), "--batch", "b"))
+    elsewhere = {"POCKETFLEET_DATA_DIR": str(place.directory / "elsewhere")}
+    wait = place.pocketfleet("batch", "wait", "b", **elsewhere)
+    time.sleep(3.0)
+    with place.client() as client:
+        client.delete(*GateKeys("users.flow").of_batch("b"))
+    assert (
+        "Redis has lost batch b or a part of it; its items can be named, and enqueued again, only where"
+        in told(wait, 1)
+    )
+
+
+def test_another_host_goes_on_with_a_batch_by_its_digests_alone(place: Site) -> None:
+    told(place.pocketfleet("enqueue", "users:flow", "--set", ids(1_500), "--batch", "b"))
+    elsewhere = {"POCKETFLEET_DATA_DIR": str(place.directory / "elsewhere")}
+    other = json.dumps([*range(1_200), -1, *range(1_201, 1_500)], separators=(",", ":"))
+    refused = place.pocketfleet("enqueue", "users:flow", "--set", f"ids={other}", "--batch", "b", **elsewhere)
+    assert "other params: one of the items 1000 to 1499 differs; use another --batch" in told(refused, 2)
+    words = [
+        "run",
+        "users:flow",
+        "--set",
+        ids(1_600),
+        "--workers",
+        "2",
+        "--batch",
+        "b",
+        "--output",
+        "out.jsonl",
+    ]
+    assert "1600 completed" in told(place.pocketfleet(*words, **elsewhere))
+    assert place.ledger.items("end") == Counter({str(n): 1 for n in range(1_600)})
+    assert len(lines(place.directory / "out.jsonl")) == 1_600
+
+
+def test_a_key_finds_items_that_stand_elsewhere_now(place: Site) -> None:
+    words = [
+        "run",
+        "users:flow",
+        "--workers",
+        "1",
+        "--batch",
+        "b",
+        "--key",
+        "user_id",
+        "--output",
+        "out.jsonl",
+    ]
+    assert "3 completed" in told(place.pocketfleet(*words, "--set", "ids=[7,8,9]"))
+    assert "5 completed" in told(place.pocketfleet(*words, "--set", "ids=[11,9,7,10,8]"))
+    assert place.ledger.items("end") == Counter({"7": 1, "8": 1, "9": 1, "10": 1, "11": 1})
+    refused = told(place.pocketfleet(*words, "--set", "ids=[7,8,9,9]"), 2)
+    assert re.search(r"two items have the same user_id \('9'\)", refused)
+
+
+def test_a_stopped_run_leaves_nothing_in_the_queue_but_what_began(place: Site) -> None:
+    words = ["run", "users:flow", "--set", ids(400), "--set", "s=0.3", "--workers", "1", "--batch", "b"]
+    child = place.pocketfleet(*words)
+    until(lambda: place.ledger.count("end") >= 8)
+    child.tell(2)  # type: ignore[arg-type]
+    assert "go on with: pocketfleet run" in told(child, 130)
+    assert place.waiting("users:flow") <= 8
+    state = status(place)
+    assert state["missing"] >= 400 - 8 - place.ledger.count("end")
+    assert "not in the queue" in told(place.pocketfleet("batch", "status", "b"), None) or state["left"]
+
+
+PROGRAM = """
+import asyncio
+from users import flow
+
+
+async def main():
+    batch = await flow.enqueue({"ids": list(range(10)), "s": 0.1}, batch="b", weight=2)
+    print(batch.id, batch.count)
+    seen = []
+    async for outcome in batch:
+        seen.append(outcome.index)
+        assert outcome.completed and outcome.changed == {"seen": {str(outcome.index): 0}}, outcome
+    print(sorted(seen), await batch.results())
+    long = await flow.enqueue({"ids": list(range(100)), "s": 20}, batch="long")
+    try:
+        async with asyncio.timeout(2):
+            async for outcome in long:
+                pass
+    except TimeoutError:
+        print("timed out")
+    await long.cancel()
+    results = await long.results()
+    print(len(results), {str(each).partition(": ")[2] for each in results})
+    shared = {"ids": list(range(10)), "s": 0.1}
+    print(await flow.run_on_fleet(shared, batch="b"))
+
+
+asyncio.run(main())
+"""
+
+
+def test_a_program_follows_a_batch_and_a_cancelled_loop_leaves_it_running(place: Site) -> None:
+    place.write("program.py", PROGRAM)
+    worker = place.pocketfleet("worker", "users:flow")
+    until(lambda: "worker serves" in worker.output())
+    said = told(place.python("program.py")).splitlines()
+    assert said[:2] == ["b 10", f"{list(range(10))} {['done'] * 10}"]
+    assert "batch long goes on without us; follow it: pocketfleet batch wait long" in said
+    assert "timed out" in said
+    assert any(
+        line.startswith("100 {") and "before it ran" in line and "while it ran" in line for line in said
+    )
+    assert said[-1] == str(list(range(10)))
+    assert place.ledger.count("start") == 10 + 8
+    worker.end()
+
+
+def test_every_key_has_a_lifetime_or_an_owner_and_prune_deletes_the_rest(place: Site) -> None:
+    place.env["POCKETFLEET_KEEP_S"] = "60"
+    (place.directory / "broken").touch()
+    common = ["users:flow", "--set", "large=80000", "--batch", "b"]
+    told(place.pocketfleet("run", *common, "--set", ids(6), "--workers", "1"), 1)
+    told(place.pocketfleet("batch", "retry", "b", "--failed"))
+    told(place.pocketfleet("run", *common, "--set", ids(8), "--workers", "1"), 1)
+    told(place.pocketfleet("enqueue", "users:flow", "--set", ids(9), "--batch", "gone"))
+    told(place.pocketfleet("batch", "cancel", "gone"))
+    keys = GateKeys("users.flow")
+    with place.client() as client:
+        assert client.hlen(keys.blobs("b")), "a large outcome stands beside the stream"
+        lives = {key.decode(): client.pttl(key) for key in client.keys("*")}
+        endless = {key for key, ms in lives.items() if ms == -1}
+        assert endless == {BATCHES}, "every other key has a lifetime once nothing waits or runs"
+        of_batch = {ms for key, ms in lives.items() if key in keys.of_batch("b")}
+        assert of_batch and all(0 < ms <= 60_000 for ms in of_batch), "as long as POCKETFLEET_KEEP_S says"
+    table = json.loads(told(place.pocketfleet("batch", "list", "--json")))
+    assert {row["batch"]: row["state"] for row in table} == {"b": "over", "gone": "cancelled"}
+    assert all(row["bytes_in_redis"] > 0 and row["bytes_on_disk"] > 0 for row in table)
+
+    assert told(place.pocketfleet("batch", "prune")) == "nothing to delete\n"
+    assert told(place.pocketfleet("batch", "prune", "b")).startswith("deleted b: ")
+    with place.client() as client:
+        assert not client.exists(*keys.of_batch("b"))
+    assert not (place.directory / ".pocketfleet/batches/b").exists()
+    assert "batch 'b' is not known here (known: gone)" in told(place.pocketfleet("batch", "status", "b"), 2)
+
+
+def test_a_batch_that_is_not_over_is_not_pruned(place: Site) -> None:
+    told(place.pocketfleet("enqueue", "users:flow", "--set", ids(3), "--batch", "b"))
+    assert "batch 'b' is not over: 3 items wait or run; end it first: pocketfleet batch cancel b" in told(
+        place.pocketfleet("batch", "prune", "b"), 2
+    )

@@ -1,0 +1,246 @@
+"""The journal and the output file that follows it: each outcome once, whatever byte a kill falls on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from producer.follow import Ended
+from producer.journal import Journal
+from producer.lines import LineFile
+from producer.spool import Spool
+from producer.spool_writer import SpoolWriter
+from worker import codec
+from worker.contract import Failure, Outcome, encode_outcome
+
+COUNT = 6
+
+
+def spool_in(data_dir: Path, count: int = COUNT) -> Spool:
+    with SpoolWriter(data_dir, "b", "users:flow", "users") as writer:
+        for number in range(count):
+            writer.add(codec.encode({"user": number}))
+        return writer.finish(b"")
+
+
+def ended(index: int, retry: int = 0, status: str = "completed", place: int = 0, **more: object) -> Ended:
+    if status != "completed":
+        more = {"failure": Failure("ValueError", "un\nlucky"), **more}
+    outcome = Outcome(status, retry=retry, action="done", **more)  # type: ignore[arg-type]
+    return Ended(index, retry, 1000 + place, status, encode_outcome(outcome), f"17-{place}")
+
+
+def test_the_first_outcome_of_each_item_and_retry_counts(tmp_path: Path) -> None:
+    spool = spool_in(tmp_path)
+    with Journal(spool.home, "b", COUNT) as journal:
+        first, again = ended(0, place=1), ended(0, place=2)
+        assert journal.take([first, again, ended(99, place=3)]) == [first]
+        assert journal.take([again]) == []
+        assert journal.take([ended(1, status="failed", place=4)]) != []
+        (asked,) = journal.ask_again([1])
+        assert (asked.index, asked.number, asked.before) == (1, 1, "failed")
+        assert journal.take([ended(1, retry=0, place=5)]) == [], "the run of before the retry came late"
+        assert journal.retries() == [asked]
+        assert list(journal.unended()) == [1, 2, 3, 4, 5]
+        assert journal.take([ended(1, retry=1, place=6)]) != []
+        assert (journal.counts(), journal.retries()) == ({"completed": 2}, [])
+    with Journal(spool.home, "b", COUNT, write=False) as journal:
+        assert (journal.counts(), journal.pending, journal.position) == ({"completed": 2}, 4, "17-6")
+        assert [each.retry for each in journal.latest()] == [0, 1]
+        assert [each.retry for each, _ in journal.outcomes()] == [0, 0, 1]
+
+
+def test_an_outcome_without_data_is_of_the_retry_that_was_asked_for(tmp_path: Path) -> None:
+    spool = spool_in(tmp_path)
+    with Journal(spool.home, "b", COUNT) as journal:
+        journal.take([ended(3, status="failed")])
+        journal.ask_again([3])
+        (lost,) = journal.take([Ended(3, 0, 9, "lost", b"", "18-0")])
+        assert (lost.retry, journal.status(3)) == (1, "lost")
+        assert lost.outcome.failure is not None
+        assert lost.outcome.failure.message == "its params were gone from Redis"
+
+
+def test_another_epoch_reads_the_stream_from_its_start(tmp_path: Path) -> None:
+    spool = spool_in(tmp_path)
+    with Journal(spool.home, "b", COUNT) as journal:
+        journal.begin("first")
+        journal.take([ended(0, place=7)])
+        assert (journal.epoch, journal.position) == ("first", "17-7")
+        journal.begin("second")
+    with Journal(spool.home, "b", COUNT) as journal:
+        assert (journal.epoch, journal.position, journal.status(0)) == ("second", "0-0", "completed")
+
+
+def test_the_done_bits_are_numbered_as_redis_numbers_them(tmp_path: Path) -> None:
+    spool = spool_in(tmp_path, 10)
+    with Journal(spool.home, "b", 10) as journal:
+        journal.take([ended(0), ended(9)])
+        assert journal.bitmap() == b"\x80\x40"
+        assert Journal(spool.home, "b", 3, write=False).bitmap() == b"\x80"
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cut=st.integers(0, 10_000))
+def test_a_journal_cut_short_at_any_byte_has_every_whole_record(
+    tmp_path_factory: pytest.TempPathFactory, cut: int
+) -> None:
+    spool = spool_in(tmp_path_factory.mktemp("cut"))
+    ends = []
+    with Journal(spool.home, "b", COUNT) as journal:
+        for index in range(COUNT):
+            journal.take([ended(index, place=index)])
+            ends.append(journal.end)
+    place = cut % (ends[-1] + 1)
+    os.truncate(spool.home / "journal", place)
+    whole = sum(end <= place for end in ends)
+    with Journal(spool.home, "b", COUNT) as journal:
+        assert list(journal.unended()) == list(range(whole, COUNT))
+        journal.take([ended(index, place=index) for index in range(COUNT)])
+        assert journal.pending == 0
+    assert [each.index for each, _ in Journal(spool.home, "b", COUNT, write=False).outcomes()] == [
+        *range(COUNT)
+    ]
+
+
+def test_zeros_that_a_power_cut_left_are_no_record(tmp_path: Path) -> None:
+    spool = spool_in(tmp_path)
+    with Journal(spool.home, "b", COUNT) as journal:
+        journal.take([ended(0)])
+        end = journal.end
+    os.truncate(spool.home / "journal", end + 4096)
+    with Journal(spool.home, "b", COUNT) as journal:
+        assert (journal.pending, journal.end) == (COUNT - 1, end)
+
+
+# --- the output file ------------------------------------------------------------------------------------
+
+
+def follow(spool: Spool, path: Path, outcomes: list[Ended]) -> None:
+    """One producer's life: it takes outcomes one by one and writes their lines."""
+    with Journal(spool.home, "b", COUNT) as journal:
+        lines = LineFile(path, spool, journal)
+        try:
+            lines.catch_up()
+            for each in outcomes:
+                journal.take([each])
+                lines.catch_up()
+        finally:
+            lines.close()
+
+
+OUTCOMES = [
+    ended(index, place=index, status="failed" if index == 2 else "completed") for index in range(COUNT)
+]
+
+
+def killed_at(byte: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Let the process die once that many bytes were written in all, in the middle of a write."""
+    room = byte
+
+    def dying(real: Callable[..., int], *, place: bool) -> Callable[..., int]:
+        def write(fd: int, data: bytes, *more: int) -> int:
+            nonlocal room
+            if room < 0:
+                raise KeyboardInterrupt
+            room -= len(data)
+            if room < 0:
+                if not place:  # a note is one small write: all of it or none
+                    real(fd, bytes(data)[: room + len(data)], *more)
+                raise KeyboardInterrupt
+            return real(fd, data, *more)
+
+        return write
+
+    monkeypatch.setattr(os, "write", dying(os.write, place=False))
+    monkeypatch.setattr(os, "pwrite", dying(os.pwrite, place=True))
+    return monkeypatch.undo
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.csv"])
+def test_a_kill_at_any_byte_leaves_neither_a_half_nor_a_second_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tmp_path / "whole"
+    follow(spool_in(whole), whole / name, OUTCOMES)
+    expected = (whole / name).read_bytes()
+    for byte in range(0, 4_000, 37):
+        home = tmp_path / f"{byte}"
+        spool, path = spool_in(home), home / name
+        live = killed_at(byte, monkeypatch)
+        try:
+            follow(spool, path, OUTCOMES)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            live()
+        follow(spool, path, OUTCOMES)
+        assert path.read_bytes() == expected, f"killed at byte {byte}"
+
+
+def test_a_line_tells_what_became_of_the_item(tmp_path: Path) -> None:
+    spool = spool_in(tmp_path)
+    more = {
+        "difference": {},
+        "attempts": {"deaths": 1},
+        "nodes": [("Fetch", 0.5)],
+        "host": "h",
+        "started": 1.0,
+    }
+    last = ended(4, status="failed", ended=3.5, **more)
+    follow(spool, tmp_path / "out.jsonl", [last])
+    (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "index": 4,
+        "params": {"user": 4},
+        "status": "failed",
+        "retry": 0,
+        "action": "done",
+        "changed": {},
+        "error": {"type": "ValueError", "message": "un\nlucky"},
+        "left_behind": [],
+        "attempts": {"deaths": 1},
+        "nodes": [["Fetch", 0.5]],
+        "host": "h",
+        "seconds": 2.5,
+    }
+
+
+def test_a_csv_row_is_one_line_also_of_text_with_breaks(tmp_path: Path) -> None:
+    follow(spool_in(tmp_path), tmp_path / "out.csv", [ended(1, status="failed")])
+    with (tmp_path / "out.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 2
+    assert (row["index"], row["params"], row["error_message"]) == ("1", '{"user":1}', "un\\nlucky")
+
+
+def test_a_retried_item_gets_a_second_line(tmp_path: Path) -> None:
+    spool, path = spool_in(tmp_path), tmp_path / "out.jsonl"
+    follow(spool, path, [ended(1, status="failed", place=1)])
+    with Journal(spool.home, "b", COUNT) as journal:
+        journal.ask_again([1])
+    follow(spool, path, [ended(1, status="failed", place=1), ended(1, retry=1, place=2)])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["retry"], line["status"]) for line in lines] == [(0, "failed"), (1, "completed")]
+
+
+def test_another_file_gets_every_line_and_one_that_was_changed_is_written_anew(tmp_path: Path) -> None:
+    spool, path = spool_in(tmp_path), tmp_path / "out.jsonl"
+    follow(spool, path, OUTCOMES)
+    expected = path.read_bytes()
+    follow(spool, tmp_path / "other.jsonl", [])
+    assert (tmp_path / "other.jsonl").read_bytes() == expected
+    follow(spool, path, [])
+    path.write_bytes(b"x" * (len(expected) + 10))
+    follow(spool, path, [])
+    assert path.read_bytes() == expected
+    path.unlink()
+    follow(spool, path, [])
+    assert path.read_bytes() == expected
