@@ -71,7 +71,7 @@ def _app() -> typer.Typer:
 
     from limiter.commands import limits
     from producer.batch_commands import batches
-    from producer.commands import enqueue, run
+    from producer.commands import enqueue, plan, run
     from worker.commands import worker, workers
 
     app = typer.Typer(
@@ -83,6 +83,7 @@ def _app() -> typer.Typer:
     app.command()(run)
     app.command()(worker)
     app.command()(enqueue)
+    app.command()(plan)
     app.add_typer(batches, name="batch")
     app.add_typer(limits, name="limits")
     app.command()(workers)

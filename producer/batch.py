@@ -165,6 +165,16 @@ async def _encoded(
             return
 
 
+async def checked_items(
+    items: AsyncIterator[Any], max_bytes: int, where: str, first: int | None = None
+) -> tuple[int, int]:
+    """How many items there are and how many bytes their params take, after checking each; keeps none."""
+    count = size = 0
+    async for encoded, _ in _encoded(items, max_bytes, where, first):
+        count, size = count + 1, size + len(encoded)
+    return count, size
+
+
 async def announce(
     client: Redis,
     spool: Spool,
@@ -366,6 +376,7 @@ def _chunks(flow: str, items: Iterable[tuple[int, bytes]], retry: int) -> Iterat
 def _frame(flow: str, retry: int = 0) -> tuple[bytes, bytes]:
     """What stands around the encoded params in a job's payload (`worker.contract.encode_job`).
 
+    >>> from worker import codec
     >>> head, tail = _frame("users")
     >>> codec.decode(head + codec.encode({"a": 1}) + tail)["a"]
     [{'a': 1}]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from producer.facts import known_batches
 from producer.follower import mend, named, ranges
 from producer.known import bytes_in_redis, known_batch, redis_at, state_of
+from producer.plan import size_text
 from producer.settings import ProducerSettings
 from producer.spool import Spool
 from worker.contract import STATUSES
@@ -59,7 +60,7 @@ def sentence_of(told: dict[str, Any]) -> str:
         return f"{sentence}\n{lost_sentence(told)}"
     if told["state"] == "cancelled":
         return f"{sentence}; it was cancelled, and {told['missing']} did not run"
-    if told["state"] == "stopped":
+    if told["missing"]:
         return f"{sentence}; {told['missing']} are not in the queue: run or enqueue it again with --batch {batch}"
     if told["state"] == "over" and told["failed_items"]:
         return f"{sentence}; retry what failed: pocketfleet batch retry {batch} --failed"
@@ -158,18 +159,6 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
             time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"])),
         )
     return table
-
-
-def size_text(size: float) -> str:
-    """
-    >>> size_text(900), size_text(2_500_000)
-    ('900 B', '2.5 MB')
-    """
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
 
 
 def short_line(record: dict[str, Any]) -> str:

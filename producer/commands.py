@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shlex
 import signal
 import sys
@@ -139,6 +140,32 @@ def enqueue(
     typer.echo(f"{fleet_run.added} of {spool.count} items enqueued{before}", err=True)
 
 
+def plan(
+    target: Target,
+    set_: Set = None,
+    shared: Shared = None,
+    params: Params = None,
+    first: First = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S", help="How long one run takes; default: as in the latest batch of the flow", min=0
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Say how long a batch would take, which limit binds and what it costs in Redis; enqueues nothing."""
+    fleet_run = _fleet_run(target, set_, shared, params, first)
+    try:
+        planned = asyncio.run(fleet_run.plan(seconds))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        raise typer.Exit(130) from None
+    except Exception as error:
+        _explain(fleet_run, error)
+        raise
+    typer.echo(json.dumps(planned.as_dict(), indent=2) if as_json else "\n".join(planned.sentences()))
+
+
 def _fleet_run(
     target: str,
     set_: list[str] | None,
@@ -161,6 +188,7 @@ def _fleet_run(
         params=read_params(params) if params else None,
         params_from=params or "",
         first=first,
+        forecast=True,
         **more,
     )
 

@@ -19,7 +19,7 @@ from limiter.errors import LimiterError
 from limiter.keys import GateKeys
 from limiter.settings import load
 from limiter.view import read_gate
-from producer.batch import as_async, encoded_base, enqueue, new_batch_id, write_spool
+from producer.batch import as_async, checked_items, encoded_base, enqueue, new_batch_id, write_spool
 from producer.batch_lock import BatchLock
 from producer.cancel import cancel, withdraw
 from producer.errors import ProducerError
@@ -32,7 +32,9 @@ from producer.hands import Hands, worker_here
 from producer.journal import Journal
 from producer.lines import LineFile, check_writable
 from producer.local_workers import LocalWorkers, checked_workers
+from producer.plan import Plan, measured_run_s, plan_for, room_in_redis
 from producer.progress import Progress
+from producer.prune import sweep
 from producer.settings import ProducerSettings
 from producer.spool import Spool
 from worker.contract import ABORTED, LOST, checked_batch
@@ -55,6 +57,7 @@ class FleetRun:
         live: show progress.
         key: the params' entry that identifies an item across runs; '' = its position.
         weight: the batch's share of the limit among other batches: 2 gets twice as much as 1.
+        forecast: say in one line how long it will take, before the first item is enqueued.
 
     Attributes:
         users_part: `prep_async` or `post_async` once that raised, else ''.
@@ -80,6 +83,7 @@ class FleetRun:
         live: bool = True,
         key: str = "",
         weight: float = 1.0,
+        forecast: bool = False,
     ) -> None:
         refuse_while_importing("run_on_fleet")
         self.settings = load(ProducerSettings)
@@ -113,12 +117,14 @@ class FleetRun:
         self._live = live
         self._key = key
         self._weight = checked_weight(weight)
+        self._says_plan = forecast
 
     async def go(self) -> Any:
         """Enqueue, follow, merge; returns what the flow's `post_async` returns."""
         if self.output is not None:
             check_writable(self.output)
         async with self._redis(start=True) as (client, place):
+            await sweep(client, self.settings)
             prepared, items, where = await self._items()
             with BatchLock(self.settings.data_dir, self.batch):
                 self.spool = spool = await self._write_spool(client, items, where)
@@ -132,14 +138,52 @@ class FleetRun:
     async def enqueue_only(self) -> Spool:
         """Put the batch into the queue and leave it to the workers."""
         async with self._redis(start=False) as (client, _):
+            await sweep(client, self.settings)
             _, items, where = await self._items()
             with BatchLock(self.settings.data_dir, self.batch):
                 self.spool = spool = await self._write_spool(client, items, where)
-                await self._warn_if_unserved(client, lambda text: print(text, file=sys.stderr, flush=True))
+                await self._warn_if_unserved(client, _to_stderr)
                 with Journal(spool.home, self.batch, spool.count) as journal:
                     await catch_up(client, spool.limit, self.batch, journal)
+                    await self._forecast(client, spool, journal, _to_stderr)
                     await self._enqueue(client, spool, journal)
         return spool
+
+    async def plan(self, run_s: float | None = None) -> Plan:
+        """A forecast, after checking every item; nothing is written or enqueued.
+
+        Args:
+            run_s: seconds one run takes; default: as measured in the latest batch of the flow.
+        """
+        async with self._redis(start=True) as (client, _):
+            _, items, where = await self._items()
+            count, size = await checked_items(items, self.settings.max_param_bytes, where, self._first)
+            return await self._plan(client, count, size, run_s)
+
+    async def _plan(self, client: Redis, count: int, size: int, run_s: float | None = None) -> Plan:
+        where = ""
+        if run_s is None:
+            run_s, where = await measured_run_s(client, self.served.name)
+        return plan_for(
+            count,
+            size,
+            self.served.limits,
+            run_s,
+            measured_in=where,
+            keep_result_s=self._flow.keep_result_s,
+            keep_s=self.settings.keep_s,
+            room_in_redis=await room_in_redis(client),
+        )
+
+    async def _forecast(
+        self, client: Redis, spool: Spool, journal: Journal, say: Callable[[str], None]
+    ) -> None:
+        """The plan of what is to be enqueued, in one line."""
+        if not self._says_plan or not journal.pending:
+            return
+        share = journal.pending / spool.count
+        plan = await self._plan(client, journal.pending, round(spool.end_of(spool.count) * share))
+        say(plan.line())
 
     @property
     def unfinished(self) -> int:
@@ -265,6 +309,7 @@ class FleetRun:
                 try:
                     if not over:
                         await self._say_who_runs(client, progress.say)
+                        await self._forecast(client, spool, journal, progress.say)
                     await self._do(client, place, spool, journal, progress, lines, hands)
                 finally:
                     self.seconds = time.monotonic() - began
@@ -409,6 +454,10 @@ class FleetRun:
             progress.say(
                 "further failures are not shown here" + (f": see {self.output}" if self.output else "")
             )
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def checked_weight(weight: object) -> float:

@@ -24,12 +24,15 @@ class Crew:
 
     def __init__(self) -> None:
         self.jobs: list[Claimed] = []
+        self.full = asyncio.Event()
 
     def room(self) -> int:
         return 2 - len(self.jobs)
 
     def take(self, jobs: list[Claimed], start_by: float, stamp: int) -> None:
         self.jobs += jobs
+        if len(self.jobs) == 2:
+            self.full.set()
 
     def lost(self, job: str) -> None:
         raise AssertionError(f"{job} was lost")
@@ -47,8 +50,7 @@ def test_runs_that_all_end_just_after_the_loss_are_recorded() -> None:
         args = ["", "", "b", "f", 1000, 0, "", 0, b"zero", 1, b"one"]
         assert await script(client, ENQUEUE)(keys=KEYS.all, args=args) == [2, 0, 0]
         async with asyncio.timeout(10):
-            while len(crew.jobs) < 2:
-                await asyncio.sleep(0.01)
+            await crew.full.wait()
             await pump.contact()
             await client.flushall()
             for job in crew.jobs:

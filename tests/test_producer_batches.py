@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import os
 import random
 import re
 import time
@@ -98,6 +100,17 @@ def test_producer_and_workers_are_killed_at_random_and_every_item_has_one_line(p
     assert Counter(int(row["index"]) for row in rows) == Counter(range(count))
     assert all(json.loads(row["params"])["user_id"] == int(row["index"]) for row in rows)
     assert "the batch was over, nothing ran" in told(place.pocketfleet(*words))
+    until(lambda: not processes_in(place.directory), "the workers of the killed runs have left", timeout_s=15)
+
+
+def processes_in(directory: Path) -> list[str]:
+    """Processes that were started in a directory and still run."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cwd").readlink() == directory:
+                found.append(process.name)
+    return found
 
 
 def test_a_cancel_stops_what_waits_at_once_and_what_runs_at_its_next_await(place: Site) -> None:
@@ -160,7 +173,7 @@ def test_a_retry_runs_the_failures_alone_and_keeps_the_history(place: Site) -> N
 
 def test_items_that_redis_lost_are_named_and_only_they_run_again(place: Site) -> None:
     worker = place.pocketfleet("worker", "users:flow")
-    words = ["enqueue", "users:flow", "--set", ids(60), "--set", "s=0.5", "--batch", "b"]
+    words = ["enqueue", "users:flow", "--set", ids(200), "--set", "s=0.5", "--batch", "b"]
     told(place.pocketfleet(*words))
     wait = place.pocketfleet("batch", "wait", "b", "--output", "out.jsonl")
     output = place.directory / "out.jsonl"
@@ -171,8 +184,8 @@ def test_items_that_redis_lost_are_named_and_only_they_run_again(place: Site) ->
     said = told(wait, 1)
     assert time.monotonic() - lost_at < 60
     written = {line["index"] for line in lines(place.directory / "out.jsonl")}
-    named = set(range(60)) - written
-    assert 16 <= len(written) < 60
+    named = set(range(200)) - written
+    assert 16 <= len(written) < 200
     assert f"Redis has lost {len(named)} items" in said
     assert "pocketfleet batch lost b --resubmit" in said
     ran = place.ledger.items("end")
@@ -187,11 +200,11 @@ def test_items_that_redis_lost_are_named_and_only_they_run_again(place: Site) ->
         f"{len(named)} items enqueued"
     )
     assert told(place.pocketfleet("batch", "lost", "b", "--resubmit")).startswith("0 items enqueued again")
-    assert "b: 60 of 60 done: 60 completed" in told(
+    assert "b: 200 of 200 done: 200 completed" in told(
         place.pocketfleet("batch", "wait", "b", "--output", "out.jsonl")
     )
-    assert Counter(line["index"] for line in lines(place.directory / "out.jsonl")) == Counter(range(60))
-    assert place.ledger.items("end") == Counter({str(n): 1 for n in range(60)})
+    assert Counter(line["index"] for line in lines(place.directory / "out.jsonl")) == Counter(range(200))
+    assert place.ledger.items("end") == Counter({str(n): 1 for n in range(200)})
     assert status(place)["missing"] == 0
     worker.end()
 
@@ -338,6 +351,75 @@ def test_every_key_has_a_lifetime_or_an_owner_and_prune_deletes_the_rest(place: 
         assert not client.exists(*keys.of_batch("b"))
     assert not (place.directory / ".pocketfleet/batches/b").exists()
     assert "batch 'b' is not known here (known: gone)" in told(place.pocketfleet("batch", "status", "b"), 2)
+
+
+def test_every_enqueue_deletes_manifests_whose_lifetime_is_over(place: Site) -> None:
+    place.env["POCKETFLEET_KEEP_S"] = "60"
+    batches = place.directory / ".pocketfleet/batches"
+    words = ["run", "users:flow", "--set", "ids=[1]", "--workers", "1", "--batch"]
+    for batch in ("old", "young"):
+        told(place.pocketfleet(*words, batch))
+    told(place.pocketfleet("enqueue", "users:flow", "--set", "ids=[1]", "--batch", "waits"))
+    for batch in ("old", "waits"):
+        for path in (batches / batch).iterdir():
+            os.utime(path, (time.time() - 61, time.time() - 61))
+    told(place.pocketfleet("enqueue", "users:flow", "--set", "ids=[1]", "--batch", "new"))
+    assert {path.name for path in batches.iterdir() if "+" not in path.name} == {"young", "waits", "new"}
+
+
+def test_a_producer_killed_while_it_enqueues_goes_on_and_nothing_is_queued_twice(place: Site) -> None:
+    count = 60_000
+    place.write("p.jsonl", "".join(f'{{"user_id": {n}}}\n' for n in range(count)))
+    words = ["enqueue", "users:flow", "--params", "p.jsonl", "--batch", "b"]
+    child = place.pocketfleet(*words)
+    until(lambda: place.waiting("users:flow") > 2_000, "it enqueues")
+    child.kill()
+    some = place.waiting("users:flow")
+    assert 2_000 < some < count
+    assert status(place)["state"] == "running"
+    said = told(place.pocketfleet(*words))
+    assert f"{count - some} of {count} items enqueued, {some} were there already" in said
+    assert (place.waiting("users:flow"), status(place)["left"], status(place)["missing"]) == (count, count, 0)
+    assert told(place.pocketfleet("batch", "cancel", "b")).startswith(f"b: {count} items taken off the queue")
+
+
+ODD = """
+import threading
+from pocketflow import AsyncNode
+from pocketfleet import ThrottledAsyncParallelBatchFlow
+
+cyclic = []
+cyclic.append(cyclic)
+RESULTS = {"lock": threading.Lock(), "cyclic": cyclic, "large": "x" * 20_000_000, "nan": float("nan"), "plain": 1}
+
+
+class Odd(AsyncNode):
+    async def post_async(self, shared, prep_res, exec_res):
+        shared.setdefault("kept", {})[self.params["what"]] = RESULTS[self.params["what"]]
+        return RESULTS[self.params["what"]] if self.params["what"] == "plain" else None
+
+
+class Flow(ThrottledAsyncParallelBatchFlow):
+    async def prep_async(self, shared):
+        return [{"what": what} for what in RESULTS]
+
+    async def post_async(self, shared, prep_res, results):
+        return sorted((key, len(str(value))) for key, value in shared["kept"].items())
+
+
+flow = Flow(start=Odd())
+"""
+
+
+def test_what_a_run_made_that_cannot_travel_fails_nothing_and_is_named(place: Site) -> None:
+    place.write("odd.py", ODD)
+    said = told(place.pocketfleet("run", "odd:flow", "--workers", "1", "--output", "out.jsonl"))
+    assert "5 completed" in said
+    assert "result: [('large', 20000000), ('plain', 1)]" in said
+    written = {line["params"]["what"]: line for line in lines(place.directory / "out.jsonl")}
+    left = {what: line["left_behind"] for what, line in written.items() if line["left_behind"]}
+    assert set(left) == {"lock", "cyclic", "nan"}
+    assert all("'kept'" in path and repr(what) in path for what, (path,) in left.items()), left
 
 
 def test_a_batch_that_is_not_over_is_not_pruned(place: Site) -> None:

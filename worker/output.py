@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
@@ -27,16 +28,15 @@ class ItemPrefix:
     def write(self, text: str) -> int:
         tag = item.get()
         if not tag:
-            return self._stream.write(text)
+            self._put(text)
+            return len(text)
         with self._turn:
             held, begun = self._begun.pop(tag, ("", False))
             *lines, rest = (held + text).split("\n")
             marks = ["" if begun else self._mark(tag)] + [self._mark(tag)] * (len(lines) - 1)
             if lines:
-                self._stream.write(
-                    "".join(f"{mark}{line}\n" for mark, line in zip(marks, lines, strict=True))
-                )
-                self._stream.flush()
+                self._put("".join(f"{mark}{line}\n" for mark, line in zip(marks, lines, strict=True)))
+                self._put_out()
                 begun = False
             if rest or begun:
                 self._begun[tag] = rest, begun
@@ -53,9 +53,17 @@ class ItemPrefix:
             for each in [tag] if tag else list(self._begun):
                 held, begun = self._begun.pop(each, ("", False))
                 if held:
-                    self._stream.write(held if begun else self._mark(each) + held)
+                    self._put(held if begun else self._mark(each) + held)
                 if tag and (held or begun):
                     self._begun[each] = "", True
+            self._put_out()
+
+    def _put(self, text: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # whoever listened was killed: no run fails for that
+            self._stream.write(text)
+
+    def _put_out(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
             self._stream.flush()
 
     def _mark(self, tag: str) -> str:
