@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from redis.asyncio import Redis
 
-from producer.batch import enqueue
 from producer.cancel import Cancelled, cancel
+from producer.enqueue import enqueue
 from producer.follower import catch_up
 from producer.known import known_batch
 from producer.settings import ProducerSettings

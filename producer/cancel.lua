@@ -62,7 +62,10 @@ for i, score in ipairs(scores) do
     if job then redis.call('ZREM', LATER, ids[i]) end
     gone[#gone + 1] = ids[i]
     payloads[#payloads + 1] = 'arq:job:' .. ids[i]
-    if job then payloads[#payloads + 1] = 'arq:in-progress:' .. ids[i] end
+    if job then
+      payloads[#payloads + 1] = 'arq:in-progress:' .. ids[i]
+      payloads[#payloads + 1] = ROOT .. 'kept:' .. batch .. ':' .. whole(first + i - 1)
+    end
   end
 end
 if #gone == 0 then return { 0, 0, tonumber(redis.call('HGET', key, 'left') or '') or 0 } end

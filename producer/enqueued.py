@@ -47,6 +47,7 @@ class ItemOutcome:
         attempts: executions so far by kind; `nodes`: name and seconds of each node that ran.
         host: where it ran; `seconds`: how long.
         left_behind: paths of entries of the shared store that could not travel.
+        notes: what else there is to say, such as why the run started over.
     """
 
     index: int
@@ -61,6 +62,7 @@ class ItemOutcome:
     host: str
     seconds: float
     left_behind: list[str]
+    notes: list[str]
 
     @property
     def completed(self) -> bool:

@@ -19,19 +19,20 @@ from limiter.errors import LimiterError
 from limiter.keys import GateKeys
 from limiter.settings import load
 from limiter.view import read_gate
-from producer.batch import as_async, checked_items, encoded_base, enqueue, new_batch_id, write_spool
+from producer.batch import as_async, checked_items, encoded_base, new_batch_id, write_spool
 from producer.batch_lock import BatchLock
 from producer.cancel import cancel, withdraw
+from producer.enqueue import enqueue
 from producer.errors import ProducerError
 from producer.facts import read_facts
 from producer.flows import FlowFailed, ThrottledAsyncParallelBatchFlow, found_name
 from producer.follow import Ended
 from producer.follower import Follower, catch_up
 from producer.gathering import ConflictError, Gathering
-from producer.hands import Hands, worker_here
+from producer.hands import Hands, worker_here, workers_beside
 from producer.journal import Journal
 from producer.lines import LineFile, check_writable
-from producer.local_workers import LocalWorkers, checked_workers
+from producer.local_workers import checked_workers
 from producer.plan import Plan, measured_run_s, plan_for, room_in_redis
 from producer.progress import Progress
 from producer.prune import sweep
@@ -373,22 +374,9 @@ class FleetRun:
             async with worker_here(place, self.served, self.settings) as here:
                 yield here
         else:
-            workers = LocalWorkers(
-                self.served.target,
-                self.workers,
-                place.url,
-                self.settings.data_dir,
-                self.logs,
-                progress.say,
-                self.batch,
-            )
-            await workers.start()
-            drain_s = 0.0
-            try:
-                yield workers
-                drain_s = self.settings.drain_s
-            finally:
-                await workers.stop(drain_s)
+            about = (self.served, self.workers, place, self.settings, self.logs)
+            async with workers_beside(*about, progress.say, self.batch) as beside:
+                yield beside
 
     async def _follow(
         self,

@@ -22,7 +22,7 @@ class Ended(msgspec.Struct):
     """How one attempt of one item ended.
 
     Attributes:
-        retry: how often the item had been retried when it was enqueued.
+        retry: how often the item had been retried when it was enqueued, -1 where that is not known.
         attempt: the gate's number of the claim.
         data: the outcome as the worker encoded it; b'' where it is gone.
         position: of the stream, after it.
@@ -54,7 +54,7 @@ class Ended(msgspec.Struct):
 
 
 class _RetryOnly(msgspec.Struct):
-    retry: int = 0
+    retry: int | None = None
 
 
 _retries = msgspec.msgpack.Decoder(_RetryOnly)
@@ -105,6 +105,7 @@ async def _ended(
 
 def _retry_of(data: bytes) -> int:
     try:
-        return _retries.decode(data).retry if data else 0
+        found = _retries.decode(data).retry if data else None
     except msgspec.DecodeError:
-        return 0
+        found = None
+    return -1 if found is None else found

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 from limiter.connect import Place
 from limiter.process import open_process
 from producer.debugger import one_prompt
 from producer.errors import WorkersError
+from producer.local_workers import LocalWorkers
 from producer.settings import ProducerSettings
 from worker.fleet_worker import FleetWorker
 from worker.registry import ServedFlow, said
@@ -44,6 +46,27 @@ async def worker_here(place: Place, served: ServedFlow, settings: ProducerSettin
             worker.stop(at_once=not finished)
             await asyncio.shield(asyncio.gather(running, return_exceptions=True))
             await asyncio.shield(process.close())
+
+
+@contextlib.asynccontextmanager
+async def workers_beside(
+    served: ServedFlow,
+    count: int,
+    place: Place,
+    settings: ProducerSettings,
+    logs: Path,
+    say: Callable[[str], None],
+    batch: str,
+) -> AsyncIterator[Hands]:
+    """`count` worker processes on this host; they drain at the end, or leave at once where that is a fault."""
+    workers = LocalWorkers(served.target, count, place.url, settings.data_dir, logs, say, batch)
+    await workers.start()
+    drain_s = 0.0
+    try:
+        yield workers
+        drain_s = settings.drain_s
+    finally:
+        await workers.stop(drain_s)
 
 
 def _hand_back(worker: FleetWorker, loop: asyncio.AbstractEventLoop) -> None:

@@ -20,7 +20,7 @@ from typing import Self
 
 from producer.disk import open_at, said, write_all
 from producer.follow import Ended
-from worker.contract import LOST, STATUSES
+from worker.contract import STATUSES
 
 _HEAD = struct.Struct("<IIBBHQQQQ")  # crc of the rest, size, kind, status, retry, index, attempt, position
 _OUTCOME, _RETRY, _EPOCH = 1, 2, 3
@@ -139,8 +139,8 @@ class Journal:
         if not 0 <= each.index < len(self._statuses) or self._statuses[each.index]:
             return False
         expected = self._retries.get(each.index, 0)
-        if each.status == LOST and not each.data:
-            each.retry = expected  # its payload was gone, so nobody could say
+        if each.retry < 0:  # its payload was gone or not read, so nobody could say
+            each.retry = expected
         return each.retry == expected
 
     def ask_again(self, indexes: Iterable[int]) -> list[Retry]:

@@ -39,6 +39,7 @@ COLUMNS = (
     "attempts",
     "nodes",
     "left_behind",
+    "notes",
     "host",
     "seconds",
 )
@@ -169,7 +170,7 @@ def record_of(ended: Ended, params: dict[str, Any] | None) -> dict[str, Any]:
         "index": ended.index,
         "params": params,
         "status": outcome.status,
-        "retry": ended.retry,
+        "retry": max(0, ended.retry),
         "action": outcome.action,
         "changed": changed(outcome.difference or {}),
         "error": outcome.failure,

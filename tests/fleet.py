@@ -26,7 +26,8 @@ import redis
 from limiter.client import open_retrying_client
 from limiter.keys import GateKeys
 from limiter.limits import Limits
-from producer.batch import as_async, enqueue, write_spool
+from producer.batch import as_async, write_spool
+from producer.enqueue import enqueue
 from producer.follow import Ended, outcomes
 from tests import servers
 from worker.contract import FleetFlow, limit_of

@@ -11,7 +11,7 @@ from limiter.limits import Limits
 from limiter.process import open_process
 from limiter.script import script
 from limiter.sync import Claimed, Entry
-from producer.batch import ENQUEUE
+from producer.enqueue import ENQUEUE
 from tests import servers
 
 KEYS = GateKeys("L")

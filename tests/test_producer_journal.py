@@ -62,7 +62,7 @@ def test_an_outcome_without_data_is_of_the_retry_that_was_asked_for(tmp_path: Pa
     with Journal(spool.home, "b", COUNT) as journal:
         journal.take([ended(3, status="failed")])
         journal.ask_again([3])
-        (lost,) = journal.take([Ended(3, 0, 9, "lost", b"", "18-0")])
+        (lost,) = journal.take([Ended(3, -1, 9, "lost", b"", "18-0")])
         assert (lost.retry, journal.status(3)) == (1, "lost")
         assert lost.outcome.failure is not None
         assert lost.outcome.failure.message == "its params were gone from Redis"
@@ -206,6 +206,7 @@ def test_a_line_tells_what_became_of_the_item(tmp_path: Path) -> None:
         "changed": {},
         "error": {"type": "ValueError", "message": "un\nlucky"},
         "left_behind": [],
+        "notes": [],
         "attempts": {"deaths": 1},
         "nodes": [["Fetch", 0.5]],
         "host": "h",

@@ -28,7 +28,8 @@ from limiter.keys import GateKeys
 from limiter.process import open_process
 from limiter.script import script
 from limiter.sync import SYNC, Answer, Call, Entry, read_answer
-from producer.batch import as_async, enqueue, write_spool
+from producer.batch import as_async, write_spool
+from producer.enqueue import enqueue
 from producer.flows import ThrottledAsyncParallelBatchFlow
 from producer.follow import Ended, outcomes
 from tests import servers

@@ -119,7 +119,7 @@ class Outcome(msgspec.Struct, omit_defaults=True):
         nodes: name and seconds of each node that ran.
         left_behind: paths of entries of the shared store that could not travel.
         started, ended: seconds since 1970 on the worker's clock, for display only.
-        retry: how often the item had been retried when it was enqueued.
+        retry: how often the item had been retried when it was enqueued; None where nobody read its payload.
     """
 
     status: str
@@ -133,7 +133,7 @@ class Outcome(msgspec.Struct, omit_defaults=True):
     host: str = ""
     started: float = 0.0
     ended: float = 0.0
-    retry: int = 0
+    retry: int | None = None
 
 
 _outcomes = msgspec.msgpack.Decoder(Outcome)
