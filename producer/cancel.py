@@ -46,6 +46,8 @@ async def cancel(
     """
     # a place that a run leaves must not go to the next item of the batch: what waits goes first
     first = await _in_chunks(client, limit, flow, batch, count, "waiting", told)
+    if not first.left:
+        return first
     rest = await _in_chunks(client, limit, flow, batch, count, "all")
     return Cancelled(first.waiting + rest.waiting, rest.running, rest.left)
 
