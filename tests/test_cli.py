@@ -421,7 +421,9 @@ def test_enqueue_prints_the_id_alone_and_workers_of_another_time_do_the_rest(sha
     assert put.returncode == 0, put.stderr
     batch = put.stdout.removesuffix("\n")
     assert batch == shared_folder.batch_id()
-    assert put.stderr.splitlines() == [
+    said = put.stderr.splitlines()
+    assert said.pop(2).startswith("plan: as long as one run takes, which plan --seconds can say, 3 at a time")
+    assert said == [
         f"flow users:flow under limit users.flow (3 at a time), batch {batch}",
         "no worker serves users:flow; start one: pocketfleet worker users:flow",
         "2 of 2 items enqueued",
@@ -564,12 +566,34 @@ main()
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("", ["run", "worker", "enqueue", "batch", "limits", "workers"]),
-        ("run", ["--set", "--shared", "--params", "--batch", "--first", "--workers", "--output"]),
-        ("enqueue", ["--set", "--shared", "--params", "--batch", "--first"]),
+        ("", ["run", "worker", "enqueue", "plan", "batch", "limits", "workers"]),
+        (
+            "run",
+            [
+                "--set",
+                "--shared",
+                "--params",
+                "--batch",
+                "--first",
+                "--key",
+                "--weight",
+                "--workers",
+                "--output",
+            ],
+        ),
+        ("enqueue", ["--set", "--shared", "--params", "--batch", "--first", "--key", "--weight"]),
         ("worker", ["--max-jobs", "--burst"]),
         ("workers", ["--json", "--check"]),
+        ("plan", ["--set", "--shared", "--params", "--first", "--seconds", "--json"]),
+        ("batch", ["list", "status", "wait", "results", "retry", "cancel", "lost", "prune"]),
+        ("batch list", ["--json"]),
         ("batch status", ["ID", "--json"]),
+        ("batch wait", ["ID", "--output", "--json"]),
+        ("batch results", ["ID", "--failed", "--json"]),
+        ("batch retry", ["ID", "--failed", "--json"]),
+        ("batch cancel", ["ID", "--json"]),
+        ("batch lost", ["ID", "--resubmit", "--json"]),
+        ("batch prune", ["--json"]),
         ("limits", ["show", "set", "clear", "pause", "resume", "reset", "holders", "doctor"]),
         ("limits show", ["--json"]),
         ("limits set", ["--max-concurrent", "--max-per-minute", "--by", "--json"]),
