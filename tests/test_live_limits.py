@@ -22,6 +22,7 @@ from limiter.view import GateView, OverrideView
 from pocketfleet import limit, limits
 from tests import fleet, servers
 from tests.fleet import Site, until
+from tests.test_limiter_permit import held_elsewhere
 
 FLOW = """
 import asyncio
@@ -194,7 +195,7 @@ def test_two_versions_warn_once_each_and_do_not_flap(site: Site) -> None:
 
 def test_python_changes_a_limit_that_this_very_loop_uses(redis_url: str) -> None:
     async def main() -> None:
-        async with limit("api", max_concurrent=1):
+        async with held_elsewhere("api", max_concurrent=1):
             waiting = asyncio.create_task(hold())
             await asyncio.sleep(0.2)
             change = await limits.set("api", max_concurrent=2, by="ana")
