@@ -21,15 +21,15 @@ setup: $(READY) ## make .venv with the pinned dependencies; quick when nothing c
 demo: $(READY) ## 100 users, two calls each, four worker processes, five users at a time
 	$(BIN)/python -m examples.demo
 
-test: $(READY) ## all tests
-	$(BIN)/pytest
+test: $(READY) ## all tests, two at a time: most wait for processes
+	$(BIN)/pytest -n 2
 
 check: $(READY) ## what CI runs: format, lint, types, import rules, tests with warnings as errors
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -W error
+	$(BIN)/pytest -W error -n 2
 	$(BIN)/pytest -W error --doctest-modules $(ROOMS)
 
 bench: $(BENCH) ## measure speed and cost; prints the README's table
