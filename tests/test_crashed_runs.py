@@ -14,7 +14,7 @@ QUICK = {"POCKETFLEET_LEASE_S": LEASE_S}
 
 FLOW = """
 import asyncio, os
-from ledger import note, noted
+from ledger import note, noted, ran_before
 from pocketflow import AsyncNode
 from pocketfleet import ThrottledAsyncParallelBatchFlow
 
@@ -30,11 +30,12 @@ class Slow(AsyncNode):
     async def exec_async(self, _):
         n = self.params["n"]
         assert self.params["seen"] == {"by": "paid"}
+        again = ran_before(n)
         with noted(n):
             if self.params.get("poison"):
                 await asyncio.sleep(0.1)
                 os._exit(9)
-            await asyncio.sleep(self.params["s"])
+            await asyncio.sleep(0.1 if again and self.params.get("once") else self.params["s"])
     async def post_async(self, shared, prep_res, exec_res):
         assert shared["paid"]
         shared["done"] = self.params["n"]
@@ -63,7 +64,7 @@ def killed_while(site: Site, target: str, running: int) -> None:
 
 def test_a_killed_run_goes_on_after_the_nodes_it_has_paid_for() -> None:
     with fleet.site({"crash.py": FLOW}) as site:
-        site.enqueue("crash:flow", [{"n": n, "s": 3} for n in range(5)])
+        site.enqueue("crash:flow", [{"n": n, "s": 300, "once": True} for n in range(5)])
         first = site.pocketfleet("worker", "crash:flow", **QUICK)
         until(lambda: site.ledger.count("start") == 5, "all are in their second node")
         second = site.pocketfleet("worker", "crash:flow", **QUICK)

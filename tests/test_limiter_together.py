@@ -324,7 +324,7 @@ numbers = {"a": limit("a", max_concurrent=2), "b": limit("b", max_concurrent=3, 
 async def visit(n):
     names = rng.choice([("a", "b"), ("a", "b"), ("a",), ("b",)])
     async with limit(*(numbers[name] for name in names)):
-        with noted("+".join(names)):
+        with noted(f"{'+'.join(names)}:{n}"):
             await asyncio.sleep(rng.random() * 0.05)
 
 async def main():
@@ -345,10 +345,10 @@ def test_three_processes_never_break_either_limit_and_one_may_be_killed() -> Non
         dead = holders[0].pid
         steps: dict[str, list[tuple[float, int]]] = {"a": [], "b": []}
         for each in site.ledger.notes():
-            for name in each.item.split("+"):
+            for name in each.item.partition(":")[0].split("+"):
                 steps[name].append((each.at, 1 if each.word == "start" else -1))
         for item in site.ledger.running(dead):
-            for name in item.split("+"):
+            for name in item.partition(":")[0].split("+"):
                 steps[name].append((killed_at, -1))
         for name, most in (("a", 2), ("b", 3)):
             now = 0
