@@ -49,9 +49,14 @@ PROBE = ("pocketfleet:{probe}", "arq:job:{probe}")
 T = TypeVar("T")
 
 
-def open_client(url: str, *, decode_responses: bool = False) -> Redis:
-    """A client that gives up on a call after 5 s and never repeats one: for calls with a sequence number."""
-    return _opened(url, _options(url), decode_responses=decode_responses)
+def open_client(url: str, *, decode_responses: bool = False, answer_s: float = ANSWER_S) -> Redis:
+    """A client that gives up on a call after `answer_s` seconds and never repeats one.
+
+    For calls with a sequence number. A process asks for less than its lease, so that a half-open connection
+    is noticed while the lease still holds.
+    """
+    options = _options(url) | {"socket_timeout": answer_s}
+    return _opened(url, options, decode_responses=decode_responses)
 
 
 def open_retrying_client(url: str, *, decode_responses: bool = False, retries: int = 8) -> Redis:
@@ -69,11 +74,11 @@ def open_pubsub_client(url: str) -> Redis:
     return _opened(url, _options(url) | {"health_check_interval": 0})
 
 
-def open_sync_client(url: str) -> redis.Redis:
-    """A blocking client with short time-outs (2 s to answer, 1 s to connect), for the renewal thread."""
+def open_sync_client(url: str, *, answer_s: float = 2.0) -> redis.Redis:
+    """A blocking client with short time-outs (`answer_s` to answer, 1 s to connect), for the renewal thread."""
     options = _options(url) | {
-        "socket_timeout": 2.0,
-        "socket_connect_timeout": 1.0,
+        "socket_timeout": answer_s,
+        "socket_connect_timeout": min(1.0, answer_s),
         "retry": SyncRetry(NoBackoff(), 0),
     }
     return _SyncClient.from_pool(_SyncPool.from_url(url, **options))

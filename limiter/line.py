@@ -10,7 +10,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
 
 from limiter.script import source
 
@@ -38,7 +38,7 @@ class Line:
             await connection.send_command(*words)
             return await connection.read_response()
         except RedisError as error:
-            if not _is_answer(error):
+            if not _is_answer(error) or isinstance(error, ReadOnlyError):  # a primary that is none any more
                 await self.close()
             raise
         except BaseException:  # cancelled or broken in the middle: what follows would read the old answer

@@ -17,10 +17,10 @@ from typing import Any
 
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 
 from limiter.circle import Circles
-from limiter.client import open_client, open_pubsub_client, open_sync_client
+from limiter.client import ANSWER_S, open_client, open_pubsub_client, open_sync_client
 from limiter.connect import find_redis
 from limiter.control import may_be_poison
 from limiter.errors import LimitsError
@@ -31,6 +31,7 @@ from limiter.renewal import Renewal
 from limiter.settings import FleetSettings, load
 from limiter.sync import Abort, Grant
 from limiter.together import Joint
+from limiter.trouble import Trouble
 from limiter.wake import WakeCalls
 
 log = logging.getLogger("pocketfleet.limiter")
@@ -67,7 +68,6 @@ class Process:
         self._renewal = None
         if renewal_client is not None:
             self._renewal = Renewal(self, renewal_client, lease_s, stall_limit_s)
-        self._trouble_since: float | None = None
         self._closers: list[Callable[[], object]] = []
         self._guard: asyncio.Task[None] | None = None
 
@@ -118,19 +118,21 @@ class Process:
         Raises:
             ResponseError: a gate has no values, or the gates lie in different slots; nothing was noted.
         """
-        pause_s = 0.05
+        pause_s, trouble = 0.05, Trouble(keys[0])
         while True:
             sent = monotonic()
             try:
                 reply = await line.call(keys, args)
-                self.well()
+                trouble.over()
                 return reply, sent
             except (RedisError, OSError) as error:
                 if isinstance(error, ResponseError) and str(error).startswith(("NOLIMITS", "CROSSSLOT")):
                     raise
                 poisoned = isinstance(error, ResponseError) and may_be_poison(error)
                 if not (poisoned and await mend()):
-                    self.trouble(error)
+                    trouble.met(error)
+                if isinstance(error, ReadOnlyError):
+                    await self.reconnect()
             await asyncio.sleep(pause_s)
             pause_s = min(1.0, pause_s * 2)
 
@@ -190,16 +192,11 @@ class Process:
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(act)
 
-    def trouble(self, error: BaseException) -> None:
-        """Say once that Redis does not serve us; `well` says when it is over."""
-        if self._trouble_since is None:
-            self._trouble_since = monotonic()
-            log.warning("redis.trouble error=%s: %.200s", type(error).__name__, error)
-
-    def well(self) -> None:
-        if self._trouble_since is not None:
-            log.warning("redis.back after_s=%.1f", monotonic() - self._trouble_since)
-            self._trouble_since = None
+    async def reconnect(self) -> None:
+        """We are connected to what was the primary: whoever answers at the address now may be the new one."""
+        self._calls.reconnect()
+        with contextlib.suppress(Exception):
+            await self.client.connection_pool.disconnect(inuse_connections=False)
 
 
 def _two_values(one: Limits, other: Limits) -> LimitsError:
@@ -234,9 +231,9 @@ def _refuse_other_values(process: Process, limits: Limits) -> None:
 async def open_process(url: str, *, lease_s: float = 15.0, stall_limit_s: float = 300.0) -> Process:
     """A process at the Redis behind `url`, with its renewal thread running."""
     process = Process(
-        open_client(url),
+        open_client(url, answer_s=min(ANSWER_S, lease_s / 3)),
         open_pubsub_client(url),
-        renewal_client=open_sync_client(url),
+        renewal_client=open_sync_client(url, answer_s=min(2.0, lease_s * 2 / 15)),
         lease_s=lease_s,
         stall_limit_s=stall_limit_s,
     )

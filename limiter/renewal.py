@@ -12,7 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from redis import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import ReadOnlyError, RedisError
 
 from limiter.keys import GateKeys
 from limiter.script import sync_script
@@ -56,6 +56,8 @@ class Renewal:
             lease_us = int(self._script(keys=GateKeys(limit).all, args=[self._process.id, ""]))
         except (RedisError, OSError) as error:
             log.debug("lease.not_renewed limit=%s error=%s", limit, type(error).__name__)
+            if isinstance(error, ReadOnlyError):
+                self._client.connection_pool.disconnect()  # that was the primary once
             return
         pump = self._process.pumps.get(limit)
         if pump is None:

@@ -40,13 +40,14 @@ class WakeCalls:
         self._channel = wake_channel(process)
         self._ring = ring
         self._on_new_connection = on_new_connection
+        self._connected: Any = None
         self.ready = asyncio.Event()
 
     async def listen(self) -> None:
         """Until cancelled."""
         pause_s = 0.1
         while True:
-            connection = self._connection()
+            connection = self._connected = self._connection()
             try:
                 await connection.connect()
                 await connection.send_command("SUBSCRIBE", self._channel, check_health=False)
@@ -57,6 +58,12 @@ class WakeCalls:
                 await _close(connection)
             await asyncio.sleep(pause_s)
             pause_s = min(1.0, pause_s * 2)
+
+    def reconnect(self) -> None:
+        """Subscribe anew, where another server may answer by now."""
+        writer = getattr(self._connected, "_writer", None)
+        if writer is not None:
+            writer.close()
 
     def _connection(self) -> Any:
         """A bare one: no pool and no retries between a message and its pump."""

@@ -159,6 +159,9 @@ class Child:
         self._process.wait(PATIENCE_S)
         return time.monotonic()
 
+    def lives(self) -> bool:
+        return self._process.poll() is None
+
     def end(self) -> None:
         if self._process.poll() is None:
             self._process.kill()
