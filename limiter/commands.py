@@ -252,17 +252,19 @@ def _print_views(views: list[GateView], events: list[list[Event]]) -> None:
 
 
 def _holders_table(found: list[Holder]) -> Table:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("host", "pid", "held", "unchanged", "lease left", "process", box=None, header_style="bold")
     for each in found:
         left = f"{each.lease_left_s:.1f} s" if each.lease_left_s >= 0 else "over"
         unchanged = f"{each.since_s:.0f} s" if each.held else "-"
-        table.add_row(each.host, str(each.pid), str(each.held), unchanged, left, each.process)
+        table.add_row(escape(each.host), str(each.pid), str(each.held), unchanged, left, escape(each.process))
     return table
 
 
 def _table(views: list[GateView]) -> Table:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(
@@ -277,6 +279,6 @@ def _table(views: list[GateView]) -> Table:
             str(view.max_concurrent),
             starts,
             str(sum(view.waiting_jobs.values())),
-            view.holds_back() or "-",
+            escape(view.holds_back()) or "-",
         )
     return table

@@ -18,6 +18,7 @@ from redis.exceptions import ResponseError
 
 from limiter.errors import LimitsError
 from limiter.keys import GateKeys
+from limiter.printable import printable
 from limiter.script import script
 
 CONTROL = Path(__file__).with_name("control.lua")
@@ -158,9 +159,9 @@ def checked_by(by: str | None) -> str:
     """Who asks, at most 100 characters; `user@host` where nobody is named."""
     if by is None:
         return this_operator()
-    if not isinstance(by, str) or not by.strip() or len(by) > 100:
+    if not isinstance(by, str) or not by.strip() or len(by) > 100 or not by.strip().isprintable():
         raise LimitsError(
-            f"by={by!r} cannot be used: name who asks in 1 to 100 characters", key="by", value=by
+            f"by={by!r} cannot be used: name who asks in 1 to 100 printable characters", key="by", value=by
         )
     return by.strip()
 
@@ -194,4 +195,4 @@ def _whole(word: str) -> int | None:
 
 
 def _said(word: str) -> str | None:
-    return None if word == "-" else unquote(word)
+    return None if word == "-" else printable(unquote(word))

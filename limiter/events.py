@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from limiter.keys import GateKeys
+from limiter.printable import printable
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,17 @@ async def read_events(client: Redis, limit: str, count: int = 1000) -> list[Even
 
 
 def _event(fields: dict[bytes, bytes]) -> Event:
-    words = {name.decode(): value.decode(errors="replace") for name, value in fields.items()}
+    words = {
+        name.decode(errors="replace"): printable(value.decode(errors="replace"))
+        for name, value in fields.items()
+    }
     return Event(
         at=int(words.get("at", "0")) / 1e6,
         what=words.get("what", ""),
         why=words.get("why", ""),
         before=words.get("from", ""),
         after=words.get("to", ""),
-        who=unquote(words.get("who", "")),
+        who=printable(unquote(words.get("who", ""))),
     )
 
 

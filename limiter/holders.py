@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from redis.asyncio import Redis
 
 from limiter.keys import GateKeys
+from limiter.printable import printable
 from limiter.view import read_state
 
 
@@ -38,7 +39,7 @@ async def read_holders(client: Redis, limit: str) -> list[Holder]:
         values, (seconds, micros) = await pipe.execute()
     now = max(seconds * 10**6 + micros, int(read_state(values.get(b"state"))["last"]))
     found = [
-        _holder(name[2:].decode(), value.decode().split(" "), now)
+        _holder(printable(name[2:].decode(errors="replace")), value.decode(errors="replace").split(" "), now)
         for name, value in values.items()
         if name.startswith(b"p:")
     ]

@@ -15,6 +15,7 @@ from redis.exceptions import ResponseError
 
 from limiter.control import FOREVER_US, Override, read_override
 from limiter.keys import GateKeys
+from limiter.limits import NAME
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,9 @@ async def known_limits(client: Redis) -> list[str]:
     """Names of the limits that have a gate, or an operator's word that waits for one, in order."""
     found = set()
     async for key in client.scan_iter(match="pocketfleet:{*}:*", count=1000):
-        name, _, what = key.decode()[len("pocketfleet:{") :].partition("}:")
+        name, _, what = key.decode(errors="replace")[len("pocketfleet:{") :].partition("}:")
+        if not NAME.fullmatch(name):
+            continue  # none of ours has such a name
         if what == "gate" or (what == "override" and await read_gate(client, name)):
             found.add(name)
     return sorted(found)

@@ -14,6 +14,7 @@ from pocketflow import AsyncParallelBatchFlow
 from limiter.errors import LimitsError
 from limiter.held import refuse_held
 from limiter.limits import Limits, checked_count, checked_float, checked_name, checked_pacing
+from limiter.printable import printable
 from limiter.process import current_process
 from limiter.pump import Pump
 from limiter.refusal import Hook
@@ -338,7 +339,7 @@ class FlowFailed(ProducerError):
     def __init__(self, index: int, status: str, failure: Any) -> None:
         reason = f": {failure.type}: {failure.message}" if failure else ""
         where = f" in {failure.node}" if failure and failure.node else ""
-        super().__init__(f"item {index} {status}{where}{reason}")
+        super().__init__(printable(f"item {index} {status}{where}{reason}", 3000))
         self.index = index
         self.status = status
         self.failure = failure

@@ -119,7 +119,7 @@ def test_the_right_name_with_a_certificate_of_a_known_authority_is_trusted(secur
 
 
 def test_another_name_for_the_same_certificate_is_refused(secured: Secured) -> None:
-    with pytest.raises(RedisRefused, match="certificate that does not hold.*mismatch.*127.0.0.1") as refused:
+    with pytest.raises(RedisRefused, match=r"certificate that does not hold.*mismatch.*127.0.0.1") as refused:
         asked(secured.url("127.0.0.1", ssl_ca_certs=secured.ca))
     assert PASSWORD not in str(refused.value) and TYPED not in str(refused.value)
     with (

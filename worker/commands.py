@@ -113,12 +113,19 @@ async def _living(settings: WorkerSettings) -> list[WorkerInfo]:
 
 
 def _table(found: list[WorkerInfo]) -> Table:
+    from rich.markup import escape
     from rich.table import Table
+
+    from limiter.printable import printable
+
+    def shown(text: str) -> str:
+        return escape(printable(text))
 
     table = Table("host", "pid", "flows", "running", "version", "up", box=None, header_style="bold")
     for info in found:
         up_s = max(0.0, time.time() - info.started)
         table.add_row(
-            info.host, str(info.pid), ", ".join(info.flows), str(info.running), info.version, f"{up_s:.0f} s"
+            *(shown(info.host), str(info.pid), shown(", ".join(info.flows)), str(info.running)),
+            *(shown(info.version), f"{up_s:.0f} s"),
         )
     return table

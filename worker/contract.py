@@ -91,7 +91,10 @@ _records = msgspec.msgpack.Decoder(_Record)
 
 def decode_job(payload: bytes) -> Job:
     """Raises `msgspec.DecodeError` (a ValueError) on anything that `encode_job` did not write."""
-    record = _records.decode(payload)
+    try:
+        record = _records.decode(payload)
+    except RecursionError:
+        raise msgspec.DecodeError("nested too deep") from None
     return Job(record.f, record.a[0], record.et, max(0, (record.t or 1) - 1))
 
 

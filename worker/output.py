@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable
 from typing import Any, TextIO
 
+from limiter.printable import printable
 from worker.run import item
 
 
@@ -74,6 +75,15 @@ class ItemPrefix:
         return getattr(self._stream, name)
 
 
+class _OneLine(logging.Formatter):
+    """Our own news in one line each, whatever names and texts from elsewhere hold; users' lines as they are."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        if record.name.startswith("pocketfleet"):
+            record.message = printable(record.message, 2000)
+        return super().formatMessage(record)
+
+
 def prefix_items(log_level: str, batch: str = "") -> None:
     """Prefix stdout and stderr, and show log lines from `log_level` on.
 
@@ -82,7 +92,9 @@ def prefix_items(log_level: str, batch: str = "") -> None:
     if not isinstance(sys.stdout, ItemPrefix):
         sys.stdout = ItemPrefix(sys.stdout, batch)
         sys.stderr = ItemPrefix(sys.stderr, batch)
-    logging.basicConfig(level=log_level, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    shown = logging.StreamHandler(sys.stderr)
+    shown.setFormatter(_OneLine("%(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=log_level, handlers=[shown])
     logging.getLogger().setLevel(log_level)
     logging.getLogger("arq").setLevel(logging.WARNING)
     if batch and log_level != "DEBUG":

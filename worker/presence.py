@@ -103,4 +103,13 @@ async def living_workers(client: Redis) -> list[WorkerInfo]:
     gone = [name for name, data in zip(names, found, strict=True) if data is None]
     if gone:
         await client.zrem(WORKERS, *gone)
-    return sorted((_infos.decode(data) for data in found if data), key=lambda info: info.started)
+    infos = [_readable(data) for data in found if data]
+    return sorted((info for info in infos if info), key=lambda info: info.started)
+
+
+def _readable(data: bytes) -> WorkerInfo | None:
+    """What a worker wrote; None for what none of ours would write."""
+    try:
+        return _infos.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
