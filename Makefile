@@ -11,10 +11,10 @@ ROOMS := limiter worker producer pocketfleet
 UV := uv>=0.9,<1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench lock clean
+.PHONY: help setup demo test check reliability soak bench lock clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## make .venv with the pinned dependencies; quick when nothing changed
 
@@ -31,6 +31,13 @@ check: $(READY) ## what CI runs: format, lint, types, import rules, tests with w
 	$(BIN)/lint-imports
 	$(BIN)/pytest -W error -n 2
 	$(BIN)/pytest -W error --doctest-modules $(ROOMS)
+
+reliability: $(READY) ## break everything that can break here; writes docs/reliability.md (about 10 minutes)
+	$(BIN)/python -m tests.reliability
+
+soak: $(READY) ## the long tests, then a storm of faults for SOAK_MINUTES (20), with an account at its end
+	$(BIN)/pytest -W error -m long
+	$(BIN)/python -m tests.soak
 
 bench: $(BENCH) ## measure speed and cost; prints the README's table
 	$(BIN)/python -m benchmarks

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from limiter.keys import GateKeys
 from tests import fleet
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -46,6 +47,8 @@ def test_a_user_with_the_readmes_rights_runs_a_fleet() -> None:
         arq = site.arq("users:flow", "--burst", POCKETFLEET_REDIS_URL=as_user)
         assert arq.code() == 0, arq.output()
         user = redis.Redis.from_url(as_user)
+        keys = GateKeys("users.flow")
+        assert user.exists(keys.events, keys.samples) == 2, "the trail and the samples were written too"
         for command in (
             ["FLUSHALL"],
             ["KEYS", "*"],

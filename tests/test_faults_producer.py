@@ -99,3 +99,23 @@ def test_an_api_that_fails_is_slow_and_drops_answers_is_asked_again_by_the_nodes
         fleet.begin(120)
         fleet.judge(again=10_000)
         assert fleet.notes.items("served").keys() == {f"{fleet.batch}.{n}" for n in range(120)}
+
+
+def test_producer_killed_half_way_and_started_again_queues_the_union_once() -> None:
+    with faults.rig(workers=0, concurrent=50, starts=None) as fleet:
+        site, count = fleet.site, 8_000
+        site.write("p.jsonl", "".join(f'{{"item": "i{n}", "s": 0}}\n' for n in range(count)))
+        words = ("enqueue", TARGET, "--params", "p.jsonl", "--batch", "half")
+        fleet.door.delay_s = 0.05
+        producer = site.pocketfleet(*words, POCKETFLEET_REDIS_URL=fleet.door.url)
+        until(lambda: site.waiting(TARGET) >= 2000, producer.output())
+        producer.kill()
+        half = site.waiting(TARGET)
+        assert half < count
+        fleet.door.delay_s = 0
+        fleet.hire(1)
+        again = site.pocketfleet(*words)
+        assert again.code() == 0, again.output()
+        ended = site.ended(TARGET, count, "half")
+        assert sorted(each.index for each in ended) == list(range(count))
+        assert set(site.ledger.items("start").values()) == {1}

@@ -78,7 +78,7 @@ def test_flushed_scripts_load_themselves_again(fleet: Rig) -> None:
 
 @pytest.mark.parametrize("fate", ["request", "reply", "silence"])
 def test_lost_requests_and_replies_of_every_script_change_nothing(fleet: Rig, fate: str) -> None:
-    share = 0.02 if fate == "silence" else 0.1  # a silent one takes until the time-out
+    share = 0.05 if fate == "silence" else 0.1  # a silent one takes until the time-out
     fleet.door.lost.clear()
     fleet.door.rule = Every(fates=(fate,), share=share, seed=faults.seed())  # type: ignore[arg-type]
     try:
@@ -87,7 +87,7 @@ def test_lost_requests_and_replies_of_every_script_change_nothing(fleet: Rig, fa
     finally:
         fleet.door.rule = None
     fleet.judge()
-    assert fleet.door.lost.get(fate, 0) >= 3, fleet.door.lost
+    assert fleet.door.lost.get(fate, 0) >= (1 if fate == "silence" else 3), fleet.door.lost
 
 
 def test_restart_with_an_append_only_file_loses_nothing(fleet: Rig) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import time
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,7 +16,7 @@ import redis
 from limiter.keys import BATCHES, WORKERS, GateKeys, worker_key
 from tests import faults, proxy
 from tests.fleet import site, until
-from worker.contract import decode_job, encode_job
+from worker.contract import decode_job, decode_outcome, encode_job
 
 CANARY, PASSWORD, TYPED = "canary-7f3a", "s3cr3t/p@ss", "s3cr3t%2Fp%40ss"
 
@@ -190,3 +193,19 @@ def test_what_is_decoded_is_capped_in_depth() -> None:
     payload = encode_job("f", {"a": 1}, 0).replace(b"\xa1a\x01", b"\xa1a" + deep)
     with pytest.raises(msgspec.DecodeError):
         decode_job(payload)
+
+
+class Planted:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_planted_outcome_is_never_executed(tmp_path: Path) -> None:
+    mark = tmp_path / "executed"
+    for bad in (pickle.dumps(Planted(mark)), b"\x91" * 100_000 + b"\xc0", b"", b"\xc1"):
+        with pytest.raises((msgspec.DecodeError, RecursionError)):
+            decode_outcome(bad)
+    assert not mark.exists()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import faults, proxy
-from tests.faults import TARGET, Rig
+from tests.faults import Rig
 from tests.fleet import Child, until
 
 
@@ -189,21 +189,26 @@ def test_job_of_a_flow_that_a_worker_does_not_know_waits_for_one_that_does() -> 
         assert "Traceback" not in older.output() and older.lives()
 
 
-def test_producer_killed_half_way_and_started_again_queues_the_union_once() -> None:
-    with faults.rig(workers=0, concurrent=50, starts=None) as fleet:
-        site, count = fleet.site, 8_000
-        site.write("p.jsonl", "".join(f'{{"item": "i{n}", "s": 0}}\n' for n in range(count)))
-        words = ("enqueue", TARGET, "--params", "p.jsonl", "--batch", "half")
-        fleet.door.delay_s = 0.05
-        producer = site.pocketfleet(*words, POCKETFLEET_REDIS_URL=fleet.door.url)
-        until(lambda: site.waiting(TARGET) >= 2000, producer.output())
-        producer.kill()
-        half = site.waiting(TARGET)
-        assert half < count
-        fleet.door.delay_s = 0
-        fleet.hire(1)
-        again = site.pocketfleet(*words)
-        assert again.code() == 0, again.output()
-        ended = site.ended(TARGET, count, "half")
-        assert sorted(each.index for each in ended) == list(range(count))
-        assert set(site.ledger.items("start").values()) == {1}
+@pytest.mark.long
+def test_idle_and_blocked_workers_call_at_most_once_a_second() -> None:
+    for_s, count = 20.0, 8
+    with faults.rig(workers=count, lease_s=15.0, starts=None) as fleet:
+
+        def calls() -> int:
+            stats = fleet.server.ask("INFO", "commandstats")
+            sent = ("evalsha", "ping", "set", "hello", "auth")
+            return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in sent)
+
+        def rate() -> float:
+            before = calls()
+            time.sleep(for_s)
+            return (calls() - before) / for_s / count
+
+        idle = rate()
+        fleet.begin(200, s=lambda n: 2 * for_s if n < 5 else 0.01)
+        until(lambda: len(fleet.notes.running()) == 5, "the limit is full")
+        time.sleep(1.0)
+        blocked = rate()
+        print(f"calls a second and worker: idle {idle:.2f}, blocked {blocked:.2f}")
+        assert idle <= 1 and blocked <= 1
+        fleet.judge()

@@ -231,7 +231,10 @@ def test_python_changes_a_limit_that_this_very_loop_uses(redis_url: str) -> None
         (lambda: limits.set("a b", max_concurrent=1), "^limit name 'a b' cannot be used"),
         (lambda: limits.pause("api", 0), "^for_s=0 cannot hold"),
         (lambda: limits.pause("api", float("nan")), "^for_s=nan cannot hold"),
-        (lambda: limits.pause("api", by=""), "^by='' cannot be used: name who asks in 1 to 100 characters"),
+        (
+            lambda: limits.pause("api", by=""),
+            "^by='' cannot be used: name who asks in 1 to 100 printable characters",
+        ),
         (lambda: limits.resume("nobody"), r"^limit 'nobody' is not known here \(known: none\)$"),
         (lambda: limits.clear("nobody"), "^limit 'nobody' is not known here"),
         (lambda: limits.reset("nobody"), "^limit 'nobody' is not known here"),
