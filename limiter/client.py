@@ -31,6 +31,7 @@ from redis.exceptions import (
     AuthorizationError,
     BusyLoadingError,
     NoPermissionError,
+    OutOfMemoryError,
     ReadOnlyError,
     RedisError,
     ResponseError,
@@ -43,7 +44,14 @@ from limiter.errors import RedisRefused
 OLDEST = (6, 2)
 ANSWER_S, CONNECT_S = 5.0, 2.0
 # A refused connect is the builtin OSError inside redis-py; without it nothing retries while Redis is down.
-RETRIED = [redis.ConnectionError, redis.TimeoutError, BusyLoadingError, ReadOnlyError, OSError]
+RETRIED = [
+    redis.ConnectionError,
+    redis.TimeoutError,
+    BusyLoadingError,
+    ReadOnlyError,
+    OutOfMemoryError,
+    OSError,
+]
 PROBE = ("pocketfleet:{probe}", "arq:job:{probe}")
 
 T = TypeVar("T")

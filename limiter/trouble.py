@@ -22,6 +22,7 @@ from redis.exceptions import (
 log = logging.getLogger("pocketfleet.limiter")
 
 UNREACHABLE = "cannot be reached"
+UNKNOWN = "answers with an error: see its log"
 
 # Most special first: redis-py derives them from one another.
 WORDS: tuple[tuple[type[BaseException], str], ...] = (
@@ -43,7 +44,7 @@ BY_CODE = {
     "MASTERDOWN": "is a replica without its primary",
     "CLUSTERDOWN": "is part of a cluster that is down",
     "BUSY": "runs a script that does not end",
-    "WRONGTYPE": "holds a key of another type where ours should stand",
+    "WRONGTYPE": "holds a key of another type where ours should stand: a worker mends it",
 }
 
 
@@ -58,11 +59,9 @@ def words(error: BaseException) -> str:
     for kind, said in WORDS:
         if isinstance(error, kind):
             return said
-    code = str(error).partition(" ")[0]
-    if code in BY_CODE:
-        return BY_CODE[code]
-    shown = code if code.isascii() and code.isalnum() else type(error).__name__
-    return f"answers with an error ({shown:.40}): see its log"
+    # redis-py puts the whole command in front of what the server said, where it was one of several
+    code = str(error).rpartition("caused error: ")[2].partition(" ")[0]
+    return BY_CODE.get(code, UNKNOWN)
 
 
 class Trouble:

@@ -34,6 +34,8 @@ def _explain(error: Exception) -> NoReturn:
     from redis.exceptions import RedisError
 
     from limiter.errors import LimiterError, RedisRefused
+    from limiter.printable import printable
+    from limiter.trouble import UNKNOWN, words
     from producer.errors import ProducerError
     from worker.errors import WorkerError
 
@@ -42,8 +44,10 @@ def _explain(error: Exception) -> NoReturn:
     if isinstance(error, (LimiterError, ProducerError, WorkerError)):
         _end(str(error), getattr(error, "exit_code", 2))
     if isinstance(error, RedisError):
+        if (known := words(error)) != UNKNOWN:
+            _end(f"Redis {known}; the same command goes on where this one stopped", 3)
         # redis-py puts the whole command, data included, in front of what the server said
-        said = str(error).rpartition("caused error: ")[2]
+        said = printable(str(error).rpartition("caused error: ")[2])
         _end(f"Redis stopped serving us ({type(error).__name__}: {said:.200})", 3)
     if hasattr(error, "format_message"):
         _explain_usage(error)

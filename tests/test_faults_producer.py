@@ -119,3 +119,18 @@ def test_producer_killed_half_way_and_started_again_queues_the_union_once() -> N
         ended = site.ended(TARGET, count, "half")
         assert sorted(each.index for each in ended) == list(range(count))
         assert set(site.ledger.items("start").values()) == {1}
+
+
+def test_enqueue_to_a_full_redis_says_so_and_the_same_command_goes_on() -> None:
+    with faults.rig(workers=0) as fleet:
+        fleet.site.write("p.jsonl", "".join(f'{{"item": "f.{n}", "s": 0}}\n' for n in range(50)))
+        words = ("enqueue", TARGET, "--params", "p.jsonl", "--batch", "f")
+        fleet.server.ask("CONFIG", "SET", "maxmemory", "1mb", "maxmemory-policy", "noeviction")
+        full = fleet.site.pocketfleet(*words)
+        assert full.code() == 3, full.output()
+        last = full.output().splitlines()[-1]
+        assert last.startswith("pocketfleet: Redis is full: raise maxmemory") and "goes on" in last
+        fleet.server.ask("CONFIG", "SET", "maxmemory", "0")
+        again = fleet.site.pocketfleet(*words)
+        assert again.code() == 0, again.output()
+        assert fleet.site.waiting(TARGET) == 50
