@@ -94,8 +94,12 @@ class LocalWorkers:
                 code = await self._live(number, log)
                 if self._stopping:
                     return
+                said = self._last.get(number, "").removeprefix("pocketfleet: ")
+                if code == 3 and any(sign in said for sign in PASSING):
+                    # the run itself has reached Redis: an outage met at the start is waited for as any other
+                    await asyncio.sleep(1.0)
+                    continue
                 if code in (2, 3):
-                    said = self._last.get(number, "").removeprefix("pocketfleet: ")
                     self.failed = WorkersError(said or f"worker {number} could not start", code)
                     return
                 self.deaths += 1
@@ -140,6 +144,8 @@ class LocalWorkers:
             self._say(text if TAG.match(text) else f"[worker {number}] {text}")
 
 
+PASSING = ("cannot be reached", "does not answer in time", "is still loading")
+"""Last words of a worker that found Redis away when it started."""
 UNSAID = ("worker serves ", "INFO pocketfleet.", "pocketfleet: ")
 """Lines of a worker that are in its log only; its last words come with the error they cause."""
 TAG = re.compile(r"\[[A-Za-z0-9_.-]{1,128}:\d+\] ")

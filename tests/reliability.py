@@ -1,6 +1,7 @@
 """The cases of the fault plan, the tests that hold them, and the table that tells how they went.
 
-`make reliability` runs every test named here and writes docs/reliability.md from what it saw.
+`make reliability` runs every test named here and writes docs/reliability.md from what it saw;
+`python -m tests.reliability 12 16` repeats these cases and writes their rows.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-
-from tests import servers
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "reliability.md"
@@ -115,6 +114,9 @@ CASES = (
         "FLUSHALL in the middle",
         "I1 I2 within the bound, I6",
         (
+            "test_producer_batches.py::test_items_that_redis_lost_are_named_and_only_they_run_again",
+            "test_producer_batches.py::test_without_the_spool_a_loss_is_told_of_the_batch_as_a_whole",
+            "test_limiter_data_loss.py::test_runs_that_all_end_just_after_the_loss_are_recorded",
             LOSS + "test_limits_hold_through_a_loss_and_what_is_missing_runs_when_it_is_enqueued_again",
             LOSS + "test_a_process_that_comes_first_to_an_emptied_redis_is_the_bound_of_twice_the_limit",
             PROMISE + "test_redis_loses_its_data",
@@ -213,7 +215,7 @@ CASES = (
         "I3 I4",
         (
             "test_crashed_runs.py::test_a_run_that_kills_its_process_is_quarantined_alone_and_its_neighbours_complete",
-            "test_crashed_runs.py::test_fifty_runs_that_lose_their_host_three_times_complete",
+            "test_crashed_runs.py::test_fifty_runs_that_lose_their_host_three_times_are_not_quarantined",
         ),
     ),
     Case(
@@ -349,18 +351,23 @@ def result(case: Case, seen: dict[str, Seen]) -> str:
 def table(seen: dict[str, Seen]) -> str:
     """docs/reliability.md as these results make it."""
     lines = ["| case | what happens | must hold | result | tests |", "| --- | --- | --- | --- | --- |"]
-    for case in CASES:
-        links = "<br>".join(
-            f"[{name}](../tests/{file})" for file, _, name in (test.partition("::") for test in case.tests)
-        )
-        lines.append(f"| {case.number} | {case.what} | {case.invariants} | {result(case, seen)} | {links} |")
+    lines += [row(case, seen) for case in CASES]
     return "\n".join(lines)
 
 
+def row(case: Case, seen: dict[str, Seen]) -> str:
+    links = "<br>".join(
+        f"[{name}](../tests/{file})" for file, _, name in (test.partition("::") for test in case.tests)
+    )
+    return f"| {case.number} | {case.what} | {case.invariants} | {result(case, seen)} | {links} |"
+
+
 def page(seen: dict[str, Seen], seconds: float) -> str:
+    from tests import servers  # late: pytest must see it first, to rewrite its asserts
+
     before, _, rest = TABLE.read_text().partition("<!-- table -->")
     _, _, after = rest.partition("<!-- /table -->")
-    versions = ", ".join(filter(None, map(_version, servers.REAL)))
+    versions = ", ".join(f"{kind} {_version(servers.binary(kind))}" for kind in servers.REAL)
     ran = sum(len(each.outcomes) for each in seen.values())
     when = (
         f"{time.strftime('%Y-%m-%d')}, {ran} tests in {seconds / 60:.0f} minutes on {os.cpu_count()} cores, "
@@ -369,20 +376,33 @@ def page(seen: dict[str, Seen], seconds: float) -> str:
     return f"{before}<!-- table -->\n{when}\n\n{table(seen)}\n<!-- /table -->{after}"
 
 
-def _version(kind: str) -> str:
-    said = subprocess.run([servers.binary(kind), "--version"], capture_output=True, text=True, check=False)
-    number = next((word[2:] for word in said.stdout.split() if word.startswith("v=")), "")
-    return f"{kind} {number}" if number else ""
+def _version(server: str) -> str:
+    said = subprocess.run([server, "--version"], capture_output=True, text=True, check=False)
+    return next((word[2:] for word in said.stdout.split() if word.startswith("v=")), "?")
 
 
-def main() -> int:
+def main(numbers: list[int]) -> int:
+    """Run all cases, or those named, and write their rows."""
+    cases = [case for case in CASES if not numbers or case.number in numbers]
     collector, began = Collector(), time.monotonic()
-    names = sorted({f"tests/{test}" for case in CASES for test in case.tests})
+    names = sorted({f"tests/{test}" for case in cases for test in case.tests})
     code = pytest.main([*names, "-q", "-W", "error", "-m", "long or not long"], plugins=[collector])
-    TABLE.write_text(page(collector.seen, time.monotonic() - began))
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        return int(code)  # not all were run: the table stays
+    if numbers:
+        TABLE.write_text(with_rows(TABLE.read_text(), collector.seen, cases))
+    else:
+        TABLE.write_text(page(collector.seen, time.monotonic() - began))
     print(f"wrote {TABLE.relative_to(ROOT)}")
     return int(code)
 
 
+def with_rows(text: str, seen: dict[str, Seen], cases: list[Case]) -> str:
+    """The page with the rows of these cases as they went now."""
+    new = {str(case.number): row(case, seen) for case in cases}
+    lines = text.splitlines()
+    return "\n".join(new.get(line.removeprefix("| ").partition(" |")[0], line) for line in lines) + "\n"
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main([int(word) for word in sys.argv[1:]]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 
+import pytest
 from arq.constants import job_key_prefix
 
 from limiter.keys import GateKeys
@@ -90,6 +91,7 @@ flow = Flow(start=Call(max_retries=20))
 """
 
 
+@pytest.mark.long
 def test_an_api_that_fails_is_slow_and_drops_answers_is_asked_again_by_the_nodes_own_retries() -> None:
     with faults.rig(workers=0) as fleet:
         fleet.site.write("faulty.py", FLAKY)
@@ -101,6 +103,7 @@ def test_an_api_that_fails_is_slow_and_drops_answers_is_asked_again_by_the_nodes
         assert fleet.notes.items("served").keys() == {f"{fleet.batch}.{n}" for n in range(120)}
 
 
+@pytest.mark.long
 def test_producer_killed_half_way_and_started_again_queues_the_union_once() -> None:
     with faults.rig(workers=0, concurrent=50, starts=None) as fleet:
         site, count = fleet.site, 8_000

