@@ -32,7 +32,7 @@ check: $(READY) ## what CI runs: format, lint, types, import rules, tests with w
 	$(BIN)/pytest -W error -n 2
 	$(BIN)/pytest -W error --doctest-modules $(ROOMS)
 
-reliability: $(READY) ## break everything that can break here; writes docs/reliability.md (about 10 minutes)
+reliability: $(READY) ## break everything that can break here; writes docs/reliability.md (about 15 minutes)
 	$(BIN)/python -m tests.reliability
 
 soak: $(READY) ## the long tests, then a storm of faults for SOAK_MINUTES (20), with an account at its end
