@@ -37,8 +37,8 @@ local function lesson()
     state.level, state.oks = higher, 0
   end
 
-  -- Where the level can fall no further: a second at first, twice as long each time. A refused run frees its
-  -- slot at once, and the next one would be refused too.
+  -- Where the level can fall no further and the refused come back: a second at first, twice as long each
+  -- time. A refused run frees its slot at once, and the next one would be refused too.
   local function halt()
     state.halt = math.min(LONGEST_HALT, math.max(1000000, 2 * state.halt))
     trail().pause(state.halt, 'refused at the lowest level')
@@ -50,7 +50,7 @@ local function lesson()
   function learn.cut(floor, ceiling)
     local before = state.level
     local factor = math.max(math.min(0.5, state.backoff), state.backoff ^ (2 ^ state.streak))
-    if state.streak > 0 and before <= floor and floor < ceiling then halt() end
+    if gate.comes_back and state.streak > 0 and before <= floor and floor < ceiling then halt() end
     state.bound, state.rounds = math.floor(before), 0
     state.level = math.max(floor, before * factor)
     trail().cut(before)

@@ -502,6 +502,7 @@ class Ledger:
         member.extended = False
         before = self.in_use()
         refused = self._settle(call, member, now)
+        self.put_off = any(e.what == "refuse" and e.job not in refused for e in call.entries)
         assert answer.refused == refused, f"named {answer.refused}, should be {refused}"
         assert answer.status == int(unknown), (answer.status, unknown)
         self.counts["unknown"] += unknown
@@ -652,7 +653,7 @@ class Ledger:
         """Once per episode; each further one without a success between goes twice as deep, at most to half."""
         backoff = self.limits[6]
         deeper = backoff ** (2**self.cuts_in_a_row)
-        if self.cuts_in_a_row and bottom < top and self.level == bottom:
+        if self.put_off and self.cuts_in_a_row and bottom < top and self.level == bottom:
             self.halted = min(max(2 * self.halted, 1_000_000), 16_000_000)
             self.pause = max(self.pause, now + self.halted)
         self.known_bad, self.rounds = math.floor(self.level), 0.0

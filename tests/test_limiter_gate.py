@@ -220,20 +220,10 @@ TABLES: dict[str, list[Row]] = {
         (1, ask("A", 2, ADAPTIVE, refused=T0 + 1, permits=1), {"level": 4, "attempt": T0 + 2}),
         (2, ask("A", 3, ADAPTIVE, refused=T0 + 2, permits=1), {"level": 2, "attempt": T0 + 3}),
         (3, ask("A", 4, ADAPTIVE, refused=T0 + 3, permits=1), {"level": 1, "attempt": T0 + 4}),
-        (4, ask("A", 5, ADAPTIVE, refused=T0 + 4, permits=1), {"level": 1, "permits": 0, "reason": "pause"}),
+        (4, ask("A", 5, ADAPTIVE, refused=T0 + 4, permits=1), {"level": 1, "permits": 1}),
         (1 * S + 4, ask("A", 6, ADAPTIVE, permits=1), {"level": 1, "permits": 1}),
         (2 * S, ask("A", 7, ADAPTIVE, held=1, successes=3, counted_under=T0 + 4, permits=1), {"level": 2}),
         (2 * S + 1, ask("A", 8, ADAPTIVE, held=2, successes=2, counted_under=T0 + 4), {"level": 3}),
-    ],
-    "where_the_level_can_fall_no_further_the_fleet_halts_twice_as_long_each_time": [
-        (0, ask("A", 1, TWO, permits=2), {"permits": 2}),
-        (1, ask("A", 2, TWO, refused=T0 + 2, permits=1), {"level": 1, "permits": 1}),
-        (2, ask("A", 3, TWO, refused=T0 + 3, permits=1), {"permits": 0, "reason": "pause", "wait_s": 1.0}),
-        (1 * S + 2, ask("A", 4, TWO, permits=1), {"permits": 1}),
-        (1 * S + 3, ask("A", 5, TWO, refused=T0 + 4, permits=1), {"permits": 0, "wait_s": 2.0}),
-        (3 * S + 3, ask("A", 6, TWO, permits=1), {"permits": 1}),
-        (4 * S, ask("A", 7, TWO, held=0, successes=1, counted_under=T0 + 4, permits=1), {"permits": 1}),
-        (5 * S, ask("A", 8, TWO, refused=T0 + 6, permits=1), {"level": 1, "permits": 1, "reason": "-"}),
     ],
     "cuts_with_no_success_between_go_deeper_down_to_a_half": [
         (0, ask("A", 1, GENTLE, permits=1), {"level": 100}),
@@ -692,6 +682,25 @@ def test_a_head_that_was_woken_once_is_woken_again(ledger: Ledger) -> None:
     ledger.gate.take_messages()
     says(ledger, 6, ask("A", 3))
     assert ledger.gate.take_messages() == [("P", 0)]
+
+
+def test_where_the_level_can_fall_no_further_the_fleet_halts_twice_as_long_each_time(ledger: Ledger) -> None:
+    """Only if the refused run comes back: `run_async` and `limit()` end what was refused, and go on at once."""
+    put(ledger, 0, 3)
+    attempt = says(ledger, 0, jobs("A", 1, 1, TWO)).jobs[0].attempt
+    after, seq = 1, 2
+    for pause_s in (0, 1, 2, 4):
+        index = int(list(ledger.items.values())[0].index)
+        back = Entry(job_id("L", "b", index), attempt, 1, "refuse", 0)
+        answer = says(ledger, after, jobs("A", seq, 1, TWO, refused=attempt, entries=[back]))
+        assert (answer.level, len(answer.jobs)) == (1, 0 if pause_s else 1)
+        if pause_s:
+            assert (answer.reason, answer.wait_s) == ("pause", pause_s)
+            after, seq = after + pause_s * S, seq + 1
+            answer = says(ledger, after, jobs("A", seq, 1, TWO))
+        attempt, after, seq = answer.jobs[0].attempt, after + 1, seq + 1
+    answer = says(ledger, after, ask("A", seq, TWO, refused=attempt, permits=1, flows=("f",)))
+    assert (answer.level, answer.permits) == (1, 1), "what was refused did not come back"
 
 
 # leaving ---------------------------------------------------------------------------------------
