@@ -12,12 +12,12 @@ MOST_BYTES = 256 * 1024
 
 
 class News:
-    """Gathers entries, returned starts, successes and refusals; `put_into` moves them into a call."""
+    """Gathers entries, returned starts, successes, refusals and resets; `put_into` moves them into a call."""
 
     def __init__(self) -> None:
         self.entries: deque[Entry] = deque()
         self._returned: dict[int, int] = {}
-        self._late = False
+        self._late = self._reset = False
         self._successes = self._refused = self._pause_us = 0
 
     def __bool__(self) -> bool:
@@ -48,6 +48,10 @@ class News:
         self._refused = max(self._refused, attempt)
         self._pause_us = max(self._pause_us, round(pause_s * 1e6))
 
+    def reset_level(self) -> None:
+        """Somebody asks for the level to go back to its initial value."""
+        self._reset = True
+
     def put_into(self, call: Call) -> None:
         """Fill the call, up to its bounds; what does not fit stays for the next one."""
         size = 0
@@ -61,6 +65,7 @@ class News:
                 call.heard.append(entry)
         call.returned = self._returned_text()
         call.successes, call.refused, call.pause_us = self._successes, self._refused, self._pause_us
+        call.reset, self._reset = self._reset, False
         self._successes = self._refused = self._pause_us = 0
 
     def put_back(self, call: Call) -> None:
@@ -68,6 +73,7 @@ class News:
         self.add_first(call.entries)
         self._successes += call.successes
         self._refused, self._pause_us = max(self._refused, call.refused), max(self._pause_us, call.pause_us)
+        self._reset = self._reset or call.reset
         self._late = self._late or call.returned.startswith("late")
         numbers = [int(word) for word in call.returned.removeprefix("late").split()]
         for stamp, count in zip(numbers[::2], numbers[1::2], strict=True):

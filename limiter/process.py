@@ -184,7 +184,7 @@ class Process:
 
     def _ask_all(self) -> None:
         for pump in self.pumps.values():
-            if pump.joined:
+            if pump.calls.joined:
                 pump.kick()
 
     def call_soon(self, act: Callable[[], None]) -> None:

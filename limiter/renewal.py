@@ -45,8 +45,8 @@ class Renewal:
     def _run(self) -> None:
         while not self._stopped.wait(self._lease_s / 15):
             for pump in list(self._process.pumps.values()):
-                silent_s = monotonic() - pump.spoke_at
-                if pump.joined and 0.4 * self._lease_s < silent_s < self._stall_limit_s:
+                silent_s = monotonic() - pump.calls.spoke_at
+                if pump.calls.joined and 0.4 * self._lease_s < silent_s < self._stall_limit_s:
                     self._renew(pump.name)
         self._client.close()
 
@@ -63,6 +63,7 @@ class Renewal:
         if pump is None:
             return
         if lease_us > 0:
-            pump.lease_until = max(pump.lease_until, sent + lease_us / 1e6 - pump.margin_s)
+            slots = pump.slots
+            slots.lease_until = max(slots.lease_until, sent + lease_us / 1e6 - pump.margin_s)
         else:
             self._process.call_soon(pump.kick)

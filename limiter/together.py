@@ -103,7 +103,7 @@ class Joint:
 
     async def _exchange(self) -> None:
         self._waiters = deque(waiter for waiter in self._waiters if not waiter.done())
-        calls = [pump.begin(self) for pump in self.pumps]
+        calls = [pump.calls.begin(self) for pump in self.pumps]
         sent_at = monotonic()
         keep_us = round(self._patience.keeps_for_s(sent_at) * 1e6)
         args = together_argv(calls, len(self._waiters), singles_first=self._singles_first, keep_us=keep_us)
@@ -111,11 +111,11 @@ class Joint:
             replies, sent = await self._process.ask(self._line, self._keys, args, lambda: self._repair(calls))
         except ResponseError as error:
             for pump, call in zip(self.pumps, calls, strict=True):
-                pump.unheard(call)
+                pump.calls.unheard(call)
             self._say_why(error)
             return
         permits = [
-            pump.hear(call, read_answer(reply), sent_at, sent)
+            pump.calls.hear(call, read_answer(reply), sent_at, sent)
             for pump, call, reply in zip(self.pumps, calls, replies, strict=True)
         ]
         self._hand_out(permits)

@@ -80,10 +80,10 @@ def test_a_freed_slot_reaches_the_waiter_without_a_call_of_its_process(play: Cal
         mine, theirs = a.pump(ONE), b.pump(ONE)
         held = await acquire(mine)
         waiting = await in_line(theirs)
-        calls = theirs._seq
+        calls = theirs.calls._seq
         held.release()
         permit = await waiting
-        assert theirs._seq == calls, "it was granted in the wake message"
+        assert theirs.calls._seq == calls, "it was granted in the wake message"
         assert await in_use(judge) == theirs.held == 1
         permit.release()
         await theirs.contact()
@@ -126,7 +126,7 @@ def test_a_grant_that_overtakes_the_answer_before_it_waits_for_it(play: Callable
         async def slow(*args: Any) -> Any:
             reply = await send(*args)
             held.release()
-            await until(lambda: bool(theirs._early))
+            await until(lambda: bool(theirs.calls._early))
             return reply
 
         theirs._line.call = slow  # type: ignore[method-assign]

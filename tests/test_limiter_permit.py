@@ -295,7 +295,7 @@ def test_a_block_that_is_cancelled_by_others_too_stays_cancelled(server: redis.R
         entered = asyncio.Event()
         task = asyncio.create_task(block(entered))
         await entered.wait()
-        (permit,) = (await pump_of("api"))._permits
+        (permit,) = (await pump_of("api")).slots._permits
         permit.lose()
         task.cancel()
         await asyncio.wait([task])
