@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from redis.asyncio import Redis
-
 from producer.cancel import Cancelled, cancel
 from producer.enqueue import enqueue
 from producer.follower import catch_up
 from producer.known import known_batch
 from producer.settings import ProducerSettings
+from producer.who_runs import unserved
 from worker.contract import STATUSES
-from worker.presence import living_workers
 
 
 async def cancel_batch(settings: ProducerSettings, batch: str) -> Cancelled:
@@ -34,7 +32,7 @@ async def retry_failed(settings: ProducerSettings, batch: str) -> tuple[int, str
                 await enqueue(
                     known.client, known.own_spool, journal=journal, keep_s=settings.keep_s, only_retries=True
                 )
-        return asked, await unserved(known.client, known.flow)
+        return asked, await unserved(known.client, known.flow, known.flow)
 
 
 async def resubmit_lost(settings: ProducerSettings, batch: str) -> tuple[int, str]:
@@ -51,11 +49,4 @@ async def resubmit_lost(settings: ProducerSettings, batch: str) -> tuple[int, st
             done = await enqueue(
                 known.client, known.own_spool, journal=journal, keep_s=settings.keep_s, however_old=True
             )
-        return done.added, await unserved(known.client, known.flow)
-
-
-async def unserved(client: Redis, flow: str) -> str:
-    """A warning if no worker would take the jobs of a flow, else ''."""
-    if any(flow in info.flows for info in await living_workers(client)):
-        return ""
-    return f"no worker serves {flow}; start one: pocketfleet worker {flow}"
+        return done.added, await unserved(known.client, known.flow, known.flow)

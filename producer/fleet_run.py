@@ -1,46 +1,39 @@
-"""One batch from a caller's store to merged results: enqueue, follow, merge."""
+"""One batch from a caller's store to merged results: prepare, enqueue, supervise."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import sys
-import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from limiter.client import checked_connection, open_client, open_retrying_client
+from limiter.client import checked_connection, open_retrying_client
 from limiter.connect import Place, find_redis
-from limiter.errors import LimiterError
-from limiter.keys import GateKeys
 from limiter.settings import load
 from limiter.view import read_gate
 from producer.batch import as_async, checked_items, encoded_base, new_batch_id, write_spool
 from producer.batch_lock import BatchLock
-from producer.cancel import cancel, withdraw
 from producer.enqueue import enqueue
 from producer.errors import ProducerError
 from producer.facts import read_facts
-from producer.flows import FlowFailed, ThrottledAsyncParallelBatchFlow, found_name
-from producer.follow import Ended
-from producer.follower import Follower, catch_up
-from producer.gathering import ConflictError, Gathering
-from producer.hands import Hands, worker_here, workers_beside
+from producer.flows import ThrottledAsyncParallelBatchFlow, found_name
+from producer.follower import catch_up
 from producer.journal import Journal
-from producer.lines import LineFile, check_writable
+from producer.lines import check_writable
 from producer.local_workers import checked_workers
 from producer.plan import Plan, measured_run_s, plan_for, room_in_redis
-from producer.progress import Progress
 from producer.prune import sweep
 from producer.settings import ProducerSettings
 from producer.spool import Spool
+from producer.supervision import Supervision
+from producer.users_part import UsersPart
+from producer.who_runs import unserved
 from worker.contract import ABORTED, LOST, checked_batch
-from worker.errors import WorkerError
-from worker.presence import living_workers
 from worker.registry import ServedFlow, checked_flow, named, refuse_while_importing
 
 SHOWN_FAILURES = 10
@@ -61,7 +54,7 @@ class FleetRun:
         forecast: say in one line how long it will take, before the first item is enqueued.
 
     Attributes:
-        users_part: `prep_async` or `post_async` once that raised, else ''.
+        flow, shared, live: as given.
         spool: the batch's, once it is written.
         refusals: how often its runs were refused; successes: runs completed since one that was refused.
         level: the fleet's level at the batch's end, None if it is not known.
@@ -100,7 +93,7 @@ class FleetRun:
                 "could not find it; make it an attribute of a module, such as flow in users.py"
             )
         self.logs = self.settings.data_dir / "logs" / self.batch
-        self.users_part = ""
+        self._users = UsersPart(flow, shared)
         self.refusals = self.successes = 0
         self.level: int | None = None
         self.output = Path(output) if output else None
@@ -110,12 +103,12 @@ class FleetRun:
         self.was_over = False
         self.seconds = 0.0
         self.results: list[Any] = []
-        self._flow = flow
-        self._shared = shared
+        self.flow = flow
+        self.shared = shared
         self._params = params
         self._params_from = params_from
         self._first = first
-        self._live = live
+        self.live = live
         self._key = key
         self._weight = checked_weight(weight)
         self._says_plan = forecast
@@ -131,10 +124,10 @@ class FleetRun:
                 self.spool = spool = await self._write_spool(client, items, where)
                 if spool.count:
                     with Journal(spool.home, self.batch, spool.count) as journal:
-                        await self._run(client, place, spool, journal)
+                        await catch_up(client, spool.limit, self.batch, journal)
+                        await Supervision(self, client, place, spool, journal).go()
                     self.level = await self._last_level(client)
-        with self._users("post_async"):
-            return await self._flow.post_async(self._shared, prepared, self.results)
+        return await self._users.post(prepared, self.results)
 
     async def enqueue_only(self) -> Spool:
         """Put the batch into the queue and leave it to the workers."""
@@ -143,11 +136,12 @@ class FleetRun:
             _, items, where = await self._items()
             with BatchLock(self.settings.data_dir, self.batch):
                 self.spool = spool = await self._write_spool(client, items, where)
-                await self._warn_if_unserved(client, _to_stderr)
+                if said := await unserved(client, self.served.name, self.served.target):
+                    _to_stderr(said)
                 with Journal(spool.home, self.batch, spool.count) as journal:
                     await catch_up(client, spool.limit, self.batch, journal)
-                    await self._forecast(client, spool, journal, _to_stderr)
-                    await self._enqueue(client, spool, journal)
+                    await self.forecast(client, spool, journal, _to_stderr)
+                    await self.enqueue_missing(client, spool, journal)
         return spool
 
     async def plan(self, run_s: float | None = None) -> Plan:
@@ -171,12 +165,12 @@ class FleetRun:
             self.served.limits,
             run_s,
             measured_in=where,
-            keep_result_s=self._flow.keep_result_s,
+            keep_result_s=self.flow.keep_result_s,
             keep_s=self.settings.keep_s,
             room_in_redis=await room_in_redis(client),
         )
 
-    async def _forecast(
+    async def forecast(
         self, client: Redis, spool: Spool, journal: Journal, say: Callable[[str], None]
     ) -> None:
         """The plan of what is to be enqueued, in one line."""
@@ -187,13 +181,22 @@ class FleetRun:
         say(plan.line())
 
     @property
+    def users_part(self) -> str:
+        """`prep_async` or `post_async` once that raised, else ''."""
+        return self._users.raised
+
+    @property
     def unfinished(self) -> int:
         """Items that failed, were lost or did not run."""
         return self.failed + len(self.lost) + self.unrun
 
+    def is_over(self, journal: Journal) -> bool:
+        """Whether nothing is left to run, by a journal that has caught up with Redis."""
+        return not journal.pending and not any(journal.ended_with((LOST, ABORTED)))
+
     def knows(self, key: str) -> bool:
         """Whether the caller's store has that key."""
-        return isinstance(self._shared, dict) and key in self._shared
+        return isinstance(self.shared, dict) and key in self.shared
 
     # --- before ------------------------------------------------------------------------------------
 
@@ -201,28 +204,7 @@ class FleetRun:
         """What `prep_async` returned if it is a list, the items, and where they come from."""
         if self._params is not None:
             return None, as_async(self._params, self._params_from), self._params_from
-        with self._users("prep_async"):
-            prepared: Any = self._flow.prep_async(self._shared)
-            if hasattr(prepared, "__await__"):
-                prepared = await prepared
-        items = self._from_user(as_async(prepared, "prep_async"))
-        return (prepared if isinstance(prepared, list) else None), items, "prep_async"
-
-    async def _from_user(self, items: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        with self._users("prep_async"):
-            async for each in items:
-                yield each
-
-    @contextlib.contextmanager
-    def _users(self, part: str) -> Iterator[None]:
-        """Remember that it was the flow's own code that raised; what it raised goes on unchanged."""
-        try:
-            yield
-        except (LimiterError, ProducerError, WorkerError, RedisError):
-            raise
-        except Exception:
-            self.users_part = part
-            raise
+        return *await self._users.prep(), "prep_async"
 
     async def _write_spool(self, client: Redis, items: AsyncIterator[Any], where: str) -> Spool:
         facts = None
@@ -233,7 +215,7 @@ class FleetRun:
             self.batch,
             self.served,
             items,
-            lambda: encoded_base(self._shared, self._flow.local_keys),
+            lambda: encoded_base(self.shared, self.flow.local_keys),
             max_bytes=self.settings.max_param_bytes,
             where=where,
             first=self._first,
@@ -242,11 +224,11 @@ class FleetRun:
             facts=facts,
         )
 
-    async def _enqueue(
+    async def enqueue_missing(
         self, client: Redis, spool: Spool, journal: Journal, told: Callable[[int], None] = lambda sent: None
     ) -> None:
         """Put into the queue what is missing; a batch that is over is not touched."""
-        if not journal.pending and not any(journal.ended_with((LOST, ABORTED))):
+        if self.is_over(journal):
             told(spool.count)
             self.done_before = spool.count
             return
@@ -265,22 +247,6 @@ class FleetRun:
             await client.aclose()
             await asyncio.to_thread(place.close)
 
-    async def _warn_if_unserved(self, client: Redis, say: Callable[[str], None]) -> None:
-        """Say at once when no worker would take the jobs."""
-        if not any(self.served.name in info.flows for info in await living_workers(client)):
-            name, target = self.served.name, self.served.target
-            say(f"no worker serves {name}; start one: pocketfleet worker {target}")
-
-    async def _warn_of_others(self, client: Redis, say: Callable[[str], None]) -> None:
-        """What an earlier batch left in the queue runs first, and may be unexpected."""
-        keys = GateKeys(self.served.limits.name)
-        waiting = await client.zcard(keys.queue(self.served.name))
-        own = await client.hget(keys.batch(self.batch), "left")  # type: ignore[misc]
-        others = waiting - int(own or 0)
-        if others > 0:
-            items = "1 item" if others == 1 else f"{others} items"
-            say(f"{items} of earlier batches wait for {self.served.name}: these workers run them too")
-
     async def _last_level(self, client: Redis) -> int | None:
         """For the statistics only: a batch that is over does not fail for it."""
         try:
@@ -288,160 +254,6 @@ class FleetRun:
         except RedisError:
             return None
         return int(gate.level) if gate else None
-
-    # --- during ------------------------------------------------------------------------------------
-
-    async def _run(self, client: Redis, place: Place, spool: Spool, journal: Journal) -> None:
-        await catch_up(client, spool.limit, self.batch, journal)
-        lines = LineFile(self.output, spool, journal) if self.output else None
-        self.was_over = over = not journal.pending and not any(journal.ended_with((LOST, ABORTED)))
-        progress = Progress(
-            self.served.name,
-            self.served.limits.name,
-            spool.count,
-            shown=self._live,
-            live=self.workers != 0,
-            workers=self.workers or 0,
-        )
-        began = time.monotonic()
-        try:
-            async with self._hands(place, progress, idle=over) as hands:
-                progress.start(client)
-                try:
-                    if not over:
-                        await self._say_who_runs(client, progress.say)
-                        await self._forecast(client, spool, journal, progress.say)
-                    await self._do(client, place, spool, journal, progress, lines, hands)
-                finally:
-                    self.seconds = time.monotonic() - began
-                    await progress.stop()
-        finally:
-            if lines:
-                lines.close()
-
-    async def _do(
-        self,
-        client: Redis,
-        place: Place,
-        spool: Spool,
-        journal: Journal,
-        progress: Progress,
-        lines: LineFile | None,
-        hands: Hands | None,
-    ) -> None:
-        try:
-            await self._enqueue(client, spool, journal, progress.enqueued)
-            await self._follow(place, spool, journal, progress, lines, hands)
-        except ConflictError:
-            await self._end_batch(client, spool, everything=True)
-            raise
-        except asyncio.CancelledError as stopped:
-            if self.workers is None:
-                self._leave_running(stopped)
-            else:
-                await self._end_batch(client, spool, everything=False)
-            raise
-        except BaseException:
-            if self.workers is not None:
-                await self._end_batch(client, spool, everything=False)
-            raise
-
-    def _leave_running(self, stopped: asyncio.CancelledError) -> None:
-        """Who follows is gone; the fleet's workers go on."""
-        words = f"batch {self.batch} goes on without us; follow it: pocketfleet batch wait {self.batch}"
-        stopped.add_note(words)
-        print(words, file=sys.stderr, flush=True)
-
-    async def _end_batch(self, client: Redis, spool: Spool, *, everything: bool) -> None:
-        """Leave nothing behind that other workers would run unasked: what never began leaves the queue."""
-        about = (client, spool.limit, spool.flow, spool.batch, spool.count)
-        ending = cancel(*about) if everything else withdraw(*about)
-        with contextlib.suppress(RedisError, OSError, TimeoutError):
-            await asyncio.shield(asyncio.wait_for(ending, WITHDRAW_S))
-
-    async def _say_who_runs(self, client: Redis, say: Callable[[str], None]) -> None:
-        if self.workers is None:
-            await self._warn_if_unserved(client, say)
-        else:
-            await self._warn_of_others(client, say)
-
-    @contextlib.asynccontextmanager
-    async def _hands(self, place: Place, progress: Progress, *, idle: bool) -> AsyncIterator[Hands | None]:
-        """Whoever runs the jobs: workers that are there, this process, or processes of our own."""
-        if self.workers is None or idle:
-            yield None
-        elif self.workers == 0:
-            async with worker_here(place, self.served, self.settings) as here:
-                yield here
-        else:
-            about = (self.served, self.workers, place, self.settings, self.logs)
-            async with workers_beside(*about, progress.say, self.batch) as beside:
-                yield beside
-
-    async def _follow(
-        self,
-        place: Place,
-        spool: Spool,
-        journal: Journal,
-        progress: Progress,
-        lines: LineFile | None,
-        hands: Hands | None,
-    ) -> None:
-        gathering = Gathering(self._flow, self._shared, spool)
-        self.results = gathering.results
-        reader, task = open_client(place.url), asyncio.current_task()
-        follower = Follower(
-            reader,
-            spool.limit,
-            spool.flow,
-            self.batch,
-            journal=journal,
-            lease_s=self.settings.lease_s,
-            say=progress.say,
-        )
-        try:
-            async for ended in follower.news():
-                if lines:
-                    lines.catch_up()
-                for each in ended:
-                    self._take(gathering, each, progress)
-                if task is not None and task.cancelling():
-                    raise asyncio.CancelledError  # Python 3.11's wait_for, under redis-py, can lose it
-                failed = hands.failed if hands is not None else None
-                if failed is not None and journal.pending:
-                    raise failed
-        finally:
-            await reader.aclose()
-        if lines:
-            lines.catch_up()
-        self.lost = follower.lost
-        self.unrun = journal.pending - len(follower.lost)
-        conflict = gathering.finish(follower.lost)
-        if conflict is not None:
-            progress.say(f"conflict: {conflict}")
-        self.conflicts = gathering.conflicts
-
-    def _take(self, gathering: Gathering, ended: Ended, progress: Progress) -> None:
-        try:
-            failed, conflict = gathering.take(ended)
-        finally:
-            progress.count(gathering.completed > self.completed)
-            self.completed, self.failed = gathering.completed, gathering.failed
-            self.refusals, self.successes = gathering.refusals, gathering.successes
-        if failed is not None:
-            self._show(failed, progress)
-        if conflict is not None:
-            progress.say(f"conflict: {conflict}")
-
-    def _show(self, failed: FlowFailed, progress: Progress) -> None:
-        """The first failures, as they come; the rest is in the output file."""
-        if not self._live or self.failed > SHOWN_FAILURES:
-            return
-        progress.say(str(failed).replace(f"item {failed.index}", f"[item {failed.index}]", 1))
-        if self.failed == SHOWN_FAILURES:
-            progress.say(
-                "further failures are not shown here" + (f": see {self.output}" if self.output else "")
-            )
 
 
 def _to_stderr(text: str) -> None:

@@ -1,0 +1,27 @@
+"""Who would run a batch's jobs, and what they would run first: one sentence each, '' where nothing is amiss."""
+
+from __future__ import annotations
+
+from redis.asyncio import Redis
+
+from limiter.keys import GateKeys
+from worker.presence import living_workers
+
+
+async def unserved(client: Redis, flow: str, target: str) -> str:
+    """Whether no worker would take the jobs of a flow that workers find under `target`."""
+    if any(flow in info.flows for info in await living_workers(client)):
+        return ""
+    return f"no worker serves {flow}; start one: pocketfleet worker {target}"
+
+
+async def others_first(client: Redis, limit: str, flow: str, batch: str) -> str:
+    """What earlier batches left in the queue runs first, and may be unexpected."""
+    keys = GateKeys(limit)
+    waiting = await client.zcard(keys.queue(flow))
+    own = await client.hget(keys.batch(batch), "left")  # type: ignore[misc]
+    others = waiting - int(own or 0)
+    if others <= 0:
+        return ""
+    items = "1 item" if others == 1 else f"{others} items"
+    return f"{items} of earlier batches wait for {flow}: these workers run them too"
