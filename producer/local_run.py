@@ -12,7 +12,8 @@ from limiter.held import hold, let_go
 from limiter.permit import Permit, acquire
 from limiter.pump import Pump
 from limiter.refusal import RateLimitHit, recognised
-from worker.guard import Refused, guard
+from worker.guard import guard
+from worker.refused import Refused
 from worker.walk import NodeStep, walk
 
 if TYPE_CHECKING:

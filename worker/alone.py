@@ -21,6 +21,7 @@ from worker.checkpoint import Checkpoint, encode_checkpoint, read_checkpoint
 from worker.children import Child
 from worker.contract import QUARANTINED, Failure, Outcome, decode_job, encode_outcome
 from worker.keeping import BESIDE
+from worker.leaving import give_back_unstarted
 from worker.record import fetch, save_entry, settle, store_beside
 from worker.registry import ServedFlow
 from worker.run import HOST, Ending, Run, attempts_of
@@ -98,7 +99,7 @@ class LoneRun(Run):
     def _put_off(self) -> None:
         """No process is ready for it: back to its place, with its start, for the moment that one takes."""
         if self.ending:
-            self._give_back_unstarted()
+            give_back_unstarted(self)
             return
         entry = Entry(self.claimed.id, self.claimed.attempt, self.flow_number, "wait", round(PUT_OFF_S * 1e6))
         self.pump.return_job(entry, self.stamp, late=False)

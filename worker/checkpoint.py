@@ -12,7 +12,7 @@ from pocketflow import Flow
 
 from worker.contract import FleetFlow
 from worker.difference import apply, difference, is_plain
-from worker.guard import Refused
+from worker.refused import Refused
 from worker.registry import ServedFlow
 from worker.walk import Level, NodeStep, Start, way_to
 

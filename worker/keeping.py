@@ -9,8 +9,8 @@ from limiter.keys import GateKeys
 from limiter.sync import Entry
 from worker.checkpoint import MOST_BYTES, CannotSave, Checkpoint, Saver, encode_checkpoint, read_checkpoint
 from worker.contract import Job, decode_job
-from worker.guard import Refused
 from worker.record import LARGE, fetch, save_entry
+from worker.refused import Refused
 from worker.store import fresh_store
 from worker.walk import NodeStep, Start
 

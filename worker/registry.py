@@ -23,7 +23,7 @@ from limiter.limits import Limits
 from limiter.refusal import recognised
 from worker.contract import FOUND_NAME, FleetFlow
 from worker.errors import TargetError
-from worker.guard import Recognise
+from worker.refused import Recognise
 
 OURS = ("pocketfleet", "worker", "limiter", "producer")
 HOME = Path(__file__).resolve().parent.parent

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-import random
 import socket
 import time
 import traceback
@@ -15,10 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from limiter.held import Waits, hold, let_go, waits
-from limiter.sync import Claimed, Entry
+from limiter.sync import Claimed
 from worker.clock import Clock
 from worker.contract import (
-    ABORTED,
     COMPLETED,
     FAILED,
     Failure,
@@ -30,9 +28,11 @@ from worker.contract import (
 )
 from worker.difference import difference
 from worker.failure import failure_of
-from worker.guard import Refused, guard
+from worker.guard import guard
 from worker.keeping import Keeping
+from worker.leaving import give_back_unstarted, give_up, go_back, leave_as_saved
 from worker.record import record, settle, travelling
+from worker.refused import Refused
 from worker.registry import ServedFlow
 from worker.store import fresh_store
 from worker.threads import RunThread
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("pocketfleet.worker")
 
 HOST = socket.gethostname()
-FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 60.0
 
 item: contextvars.ContextVar[str] = contextvars.ContextVar("pocketfleet_item", default="")
 """Batch item of the run that is speaking, for prefixes of prints and logs."""
@@ -133,7 +132,7 @@ class Run:
         try:
             base = await self._base()
             if self.ending or monotonic() > self.start_by:
-                self._give_back_unstarted()
+                give_back_unstarted(self)
             else:
                 item.set(f"{self.batch}:{self.index}")
                 waits.set(self.waits)
@@ -144,7 +143,7 @@ class Run:
                     let_go(holding)
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError) and self.ending:
-                self._leave_as_saved()  # stopped while it was on its way to the gate
+                leave_as_saved(self)  # stopped while it was on its way to the gate
                 return
             # past the guards below only a fault of ours arrives; the job must not stay claimed for ever
             log.exception("run.fault job=%s", self.claimed.id)
@@ -187,14 +186,14 @@ class Run:
             await self._end_thread()
         except Refused as refused:
             await self._end_thread()
-            outcome = await self._go_back(served, refused)
+            outcome = await go_back(self, served, refused)
         if outcome is None:
-            await self._give_up(served)
+            await give_up(self, served)
             return
         outcome.difference, outcome.left_behind = difference(self.untouched, self.shared)
         outcome.nodes, outcome.retry = self.timings, job.retry
         if self.claimed.deaths or self.claimed.refusals or self.claimed.hand_backs:
-            keeping = self._kept(served)
+            keeping = self.kept(served)
             outcome.attempts = attempts_of(self.claimed, keeping.counted.died_alone)
             outcome.notes = [keeping.note] if keeping.note else []
         outcome.host, outcome.started, outcome.ended = HOST, started, time.time()
@@ -208,7 +207,7 @@ class Run:
         """
         try:
             if self.claimed.saved:
-                self.shared, start = await self._kept(served).begin(base, job)
+                self.shared, start = await self.kept(served).begin(base, job)
             else:
                 self.shared, start = fresh_store(base), None
             if served.flow.flow_timeout_s is not None:
@@ -280,27 +279,6 @@ class Run:
         if self.clock is not None:
             self.clock.start()
 
-    async def _go_back(self, served: ServedFlow, refused: Refused) -> Outcome | None:
-        """A refused run goes back to its place and resumes there; it is not a failure and not a try."""
-        hit, answer = refused.hit, self.pump.answer
-        now_s = answer.now / 1e6 if answer else 0.0
-        keeping = self._kept(served)
-        counted = keeping.counted = keeping.counted.refused_again(now_s, hit.retry_after or 0.0)
-        if not hit.fed:  # else a gate inside the run has learnt of it, and the flow's level stays
-            self.pump.refuse(self.claimed.attempt, hit.retry_after or 0.0)
-        if now_s - counted.refused_at - counted.forgiven_s > served.flow.refusal_patience_s:
-            for_s = served.flow.refusal_patience_s
-            text = f"refused for longer than refusal_patience_s={for_s:g}: {hit}"
-            return Outcome(FAILED, failure=Failure("RateLimitHit", text[:2000], self.node))
-        delay_s = hit.retry_after or min(LONGEST_DELAY_S, FIRST_DELAY_S * 2 ** min(self.claimed.refusals, 10))
-        if not hit.retry_after:
-            delay_s *= random.uniform(0.5, 1.0)
-        first = await keeping.refused(self.step, self.shared, refused)
-        log.info("run.refused job=%s node=%s again_in_s=%.1f", self.claimed.id, self.node, delay_s)
-        settle(self, "refuse", round(delay_s * 1e6), first)
-        self.ending = "refused"
-        return None
-
     async def _in_thread(self, function: Any, *args: Any) -> Any:
         if self.thread is None:
             self.thread = RunThread(f"run-{self.batch}:{self.index}")
@@ -318,28 +296,12 @@ class Run:
             except asyncio.CancelledError:
                 continue
 
-    def _kept(self, served: ServedFlow) -> Keeping:
+    def kept(self, served: ServedFlow) -> Keeping:
         """The run's checkpoints; most runs of one node never need them."""
         if self.keeping is None:
             self.keeping = Keeping(self, self.crew.savers[served.name], self.untouched)
             self.keeping.step = self.first
         return self.keeping
-
-    def _give_back_unstarted(self) -> None:
-        if self.ending != "lost":
-            entry = Entry(self.claimed.id, self.claimed.attempt, self.flow_number, "back")
-            self.pump.return_job(entry, self.stamp, late=not self.ending)
-
-    async def _give_up(self, served: ServedFlow) -> None:
-        """It was stopped: handed back it takes with it what the gate does not know yet."""
-        if self.ending == "aborted":
-            settle(self, ABORTED)  # whoever cancelled the batch has recorded it; this frees the slot
-        if self.ending == "hand":
-            settle(self, "hand", first=await self._kept(served).handed_back(self.step, self.shared))
-
-    def _leave_as_saved(self) -> None:
-        if self.ending == "hand":
-            settle(self, "hand")
 
 
 def attempts_of(claimed: Claimed, died_alone: int = 0) -> dict[str, int]:

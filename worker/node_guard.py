@@ -1,0 +1,119 @@
+"""Guards of nodes with one `exec`: they stand in for methods of a copied node, under their own names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from limiter.refusal import RateLimitHit
+from worker.batch_items import Returned
+from worker.refused import Recognise, Refused
+
+
+class Guard:
+    """Stands in for methods of one sync node, under their own names."""
+
+    __slots__ = ("node", "recognise", "plain_exec", "plain_run")
+
+    def __init__(self, node: Any, recognise: Recognise, _: Returned, __: bytes | None) -> None:
+        self.node = node
+        self.recognise = recognise
+        self.plain_exec = node.exec
+        self.plain_run = node._run
+        own = node.__dict__
+        own["exec"] = self.exec
+        own["_run"] = self._run
+
+    def exec(self, prep_res: Any) -> Any:
+        try:
+            return self.plain_exec(prep_res)
+        except Exception as error:
+            self.check(error)
+            raise
+
+    def _run(self, shared: Any) -> Any:
+        try:
+            action = self.plain_run(shared)
+        except BaseException as error:
+            self.leave(error)
+            raise
+        # node and guard hold each other, and would wait for the garbage collector
+        own = self.node.__dict__
+        del own["exec"], own["_run"]
+        return action
+
+    def check(self, error: Exception) -> None:
+        """Raise `Refused` if `error` is a refusal."""
+        hit = self.recognise(error)
+        if hit is not None:
+            raise Refused(hit) from error
+
+    def leave(self, error: BaseException) -> None:
+        """Raise `Refused` if what leaves the node is a refusal, or a group that holds one."""
+        hit = None if isinstance(error, Refused) else self.hit_in(error)
+        if hit is not None:
+            raise Refused(hit) from error
+
+    def hit_in(self, error: BaseException) -> RateLimitHit | None:
+        if isinstance(error, Exception):
+            return self.recognise(error)
+        if isinstance(error, Refused):
+            return error.hit
+        if isinstance(error, BaseExceptionGroup):  # as a user's TaskGroup makes one of a Refused
+            return next(filter(None, map(self.hit_in, error.exceptions)), None)
+        return None
+
+    def __reduce__(self) -> Any:
+        # A node that pickles itself, as for a pool of processes, arrives there unguarded.
+        return _Unguarded, (self.node,)
+
+
+class AsyncGuard(Guard):
+    """The same for an async node."""
+
+    __slots__ = ()
+
+    def __init__(self, node: Any, recognise: Recognise, _: Returned, __: bytes | None) -> None:
+        self.node = node
+        self.recognise = recognise
+        self.plain_exec = node.exec_async
+        self.plain_run = node._run_async
+        own = node.__dict__
+        own["exec_async"] = self.exec_async
+        own["_run_async"] = self._run_async
+
+    async def exec_async(self, prep_res: Any) -> Any:
+        try:
+            return await self.plain_exec(prep_res)
+        except Exception as error:
+            self.check(error)
+            raise
+
+    async def _run_async(self, shared: Any) -> Any:
+        try:
+            action = await self.plain_run(shared)
+        except BaseException as error:
+            self.leave(error)
+            raise
+        own = self.node.__dict__
+        del own["exec_async"], own["_run_async"]
+        return action
+
+
+class AsyncFlowGuard(AsyncGuard):
+    """A nested flow that runs as one node; inside a sync flow an async one is run by `_run`."""
+
+    __slots__ = ()
+
+    def __init__(self, node: Any, recognise: Recognise, returned: Returned, digest: bytes | None) -> None:
+        super().__init__(node, recognise, returned, digest)
+        Guard(node, recognise, returned, digest)
+
+
+class _Unguarded:
+    """What a pickled guard becomes: the methods of the node's class."""
+
+    def __init__(self, node: Any) -> None:
+        self.node = node
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(type(self.node), name).__get__(self.node)
