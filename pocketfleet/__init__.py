@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from limiter.refusal import RateLimitHit
     from producer.adaptive import AdaptiveThrottledBatchFlow
     from producer.enqueued import Batch, ItemOutcome, ItemsLost
-    from producer.errors import InputError, ParamsError, ProducerError, SpoolError
-    from producer.flows import FlowFailed, ThrottledAsyncParallelBatchFlow
+    from producer.errors import FlowFailed, InputError, ParamsError, ProducerError, SpoolError
+    from producer.flows import ThrottledAsyncParallelBatchFlow
     from producer.presets import FlowPresets
     from worker.errors import TargetError, WorkerError
     from worker.nodes import AdaptiveThrottledNode, ThrottledParallelBatchNode
@@ -79,8 +79,8 @@ _HOMES = {
     "limiter.refusal": ("RateLimitHit",),
     "producer.adaptive": ("AdaptiveThrottledBatchFlow",),
     "producer.enqueued": ("Batch", "ItemOutcome", "ItemsLost"),
-    "producer.errors": ("InputError", "ParamsError", "ProducerError", "SpoolError"),
-    "producer.flows": ("FlowFailed", "ThrottledAsyncParallelBatchFlow"),
+    "producer.errors": ("FlowFailed", "InputError", "ParamsError", "ProducerError", "SpoolError"),
+    "producer.flows": ("ThrottledAsyncParallelBatchFlow",),
     "producer.presets": ("FlowPresets",),
     "worker.errors": ("TargetError", "WorkerError"),
     "worker.nodes": ("AdaptiveThrottledNode", "ThrottledParallelBatchNode"),

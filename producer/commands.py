@@ -1,20 +1,22 @@
-"""`pocketfleet run` and `enqueue`."""
+"""`pocketfleet run`, `enqueue` and `plan`."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import shlex
 import signal
-import sys
-import traceback
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from producer.run_report import explain, names, report, stopped
+
 if TYPE_CHECKING:
     from producer.fleet_run import FleetRun
+
+T = TypeVar("T")
 
 Target = Annotated[str, typer.Argument(metavar="TARGET", help="Where the flow is, such as users:flow")]
 Set = Annotated[
@@ -93,25 +95,10 @@ def run(
         from worker.output import prefix_items
 
         prefix_items(fleet_run.settings.log_level, fleet_run.batch)
-    typer.echo(_names(fleet_run), err=True)
-    try:
-        result = asyncio.run(_go(fleet_run))
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        typer.echo(_stopped(fleet_run), err=True)
-        raise typer.Exit(130) from None
-    except Exception as error:
-        _explain(fleet_run, error)
-        raise
-    _report(fleet_run, result)
+    typer.echo(names(fleet_run), err=True)
+    result = _waited(fleet_run, _go(fleet_run))
+    report(fleet_run, result)
     raise typer.Exit(1 if fleet_run.unfinished else 0)
-
-
-async def _go(fleet_run: FleetRun) -> Any:
-    """`go`, which SIGTERM stops as Ctrl-C does."""
-    task = asyncio.current_task()
-    assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    return await fleet_run.go()
 
 
 def enqueue(
@@ -126,15 +113,8 @@ def enqueue(
 ) -> None:
     """Put a flow's items into the queue for the workers that serve it; prints the batch id."""
     fleet_run = _fleet_run(target, set_, shared, params, first, batch=batch, key=key, weight=weight)
-    typer.echo(_names(fleet_run), err=True)
-    try:
-        spool = asyncio.run(fleet_run.enqueue_only())
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        typer.echo(_stopped(fleet_run), err=True)
-        raise typer.Exit(130) from None
-    except Exception as error:
-        _explain(fleet_run, error)
-        raise
+    typer.echo(names(fleet_run), err=True)
+    spool = _waited(fleet_run, fleet_run.enqueue_only())
     typer.echo(fleet_run.batch)
     before = f", {spool.count - fleet_run.added} were there already" if fleet_run.added < spool.count else ""
     typer.echo(f"{fleet_run.added} of {spool.count} items enqueued{before}", err=True)
@@ -156,13 +136,7 @@ def plan(
 ) -> None:
     """Say how long a batch would take, which limit binds and what it costs in Redis; enqueues nothing."""
     fleet_run = _fleet_run(target, set_, shared, params, first)
-    try:
-        planned = asyncio.run(fleet_run.plan(seconds))
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        raise typer.Exit(130) from None
-    except Exception as error:
-        _explain(fleet_run, error)
-        raise
+    planned = _waited(fleet_run, fleet_run.plan(seconds), says_stopped=False)
     typer.echo(json.dumps(planned.as_dict(), indent=2) if as_json else "\n".join(planned.sentences()))
 
 
@@ -193,81 +167,22 @@ def _fleet_run(
     )
 
 
-def _names(fleet_run: FleetRun) -> str:
-    limits = fleet_run.served.limits
-    rate = f", {limits.max_per_window} per minute" if limits.max_per_window else ""
-    return (
-        f"flow {fleet_run.served.name} under limit {limits.name} "
-        f"({limits.max_concurrent} at a time{rate}), batch {fleet_run.batch}"
-    )
+def _waited(fleet_run: FleetRun, work: Coroutine[Any, Any, T], *, says_stopped: bool = True) -> T:
+    """Run it; Ctrl-C ends the command with 130, and what the flow's own code raised is explained."""
+    try:
+        return asyncio.run(work)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        if says_stopped:
+            typer.echo(stopped(fleet_run), err=True)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        explain(fleet_run, error)
+        raise
 
 
-def _stopped(fleet_run: FleetRun) -> str:
-    """How to go on: the same command with the batch's id, once there is a batch."""
-    if fleet_run.spool is None:
-        return "stopped; nothing was enqueued"
-    done = fleet_run.completed + fleet_run.failed
-    far = f" at {done} of {fleet_run.spool.count}" if done else ""
-    return f"stopped{far}; go on with: {_again(fleet_run)}"
-
-
-def _explain(fleet_run: FleetRun, error: Exception) -> None:
-    """Turn what the flow's own prep_async or post_async raised into a sentence.
-
-    Raises:
-        UsersFault: with the line it came from; the whole trace is printed for `--workers 0`.
-    """
-    from producer.errors import UsersFault
-    from worker.registry import said
-
-    part = fleet_run.users_part
-    if not part:
-        return
-    if fleet_run.workers == 0:
-        traceback.print_exception(error)
-    sentence = f"{fleet_run.served.target}: {part} raised {said(error)}"
-    if part == "post_async":
-        _report(fleet_run, None)
-        raise UsersFault(f"{sentence}; what the items gave is kept", 1) from None
-    key = error.args[0] if isinstance(error, KeyError) and error.args else None
-    missing = isinstance(key, str) and not fleet_run.knows(key)
-    mend = f"; give it with --set {shlex.quote(f'{key}=VALUE')}" if missing else ""
-    raise UsersFault(f"{sentence}{mend}. Nothing was enqueued.", 2) from None
-
-
-def _report(fleet_run: FleetRun, result: Any) -> None:
-    if fleet_run.spool is not None and not fleet_run.spool.count:
-        typer.echo("there were no items, so nothing ran", err=True)
-    else:
-        failed = f", {fleet_run.failed} failed" if fleet_run.failed else ""
-        lost = f", {len(fleet_run.lost)} lost" if fleet_run.lost else ""
-        unrun = f", {fleet_run.unrun} did not run: the batch was cancelled" if fleet_run.unrun else ""
-        counts = f"{fleet_run.completed} completed{failed}{lost}{unrun}"
-        ran = "; the batch was over, nothing ran" if fleet_run.was_over else f" in {fleet_run.seconds:.1f} s"
-        typer.echo(counts + ran, err=True)
-        if fleet_run.conflicts > 1:
-            typer.echo(f"{fleet_run.conflicts} entries in conflict", err=True)
-        typer.echo(f"one line per item: {fleet_run.output}", err=True)
-    if fleet_run.failed:
-        typer.echo(f"retry what failed: {_retry(fleet_run)}", err=True)
-    if fleet_run.lost:
-        from producer.follower import mend
-
-        typer.echo(mend(fleet_run.batch), err=True)
-    if fleet_run.failed and fleet_run.workers:
-        typer.echo(f"what the workers printed: {fleet_run.logs}/worker-*.log", err=True)
-    if result is not None and result is not fleet_run.results:
-        typer.echo(f"result: {result!r:.500}", err=True)
-
-
-def _retry(fleet_run: FleetRun) -> str:
-    """The commands that run the failures again."""
-    return f"pocketfleet batch retry {fleet_run.batch} --failed && {_again(fleet_run)}"
-
-
-def _again(fleet_run: FleetRun) -> str:
-    """This very command, with the batch's id."""
-    words = sys.argv[1:]
-    if not any(word == "--batch" or word.startswith("--batch=") for word in words):
-        words = [*words, "--batch", fleet_run.batch]
-    return shlex.join(["pocketfleet", *words])
+async def _go(fleet_run: FleetRun) -> Any:
+    """`go`, which SIGTERM stops as Ctrl-C does."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await fleet_run.go()

@@ -11,8 +11,7 @@ from typing import Any
 from limiter.client import open_client
 from limiter.settings import load
 from producer.actions import cancel_batch
-from producer.errors import ProducerError
-from producer.flows import FlowFailed
+from producer.errors import FlowFailed, ProducerError
 from producer.follow import Ended
 from producer.follower import Follower, mend, named
 from producer.journal import Journal

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from limiter.printable import printable
+
 
 class ProducerError(Exception):
     """Base of every error the producer raises. Its text is meant for people."""
@@ -47,3 +51,15 @@ class UsersFault(ProducerError):
     def __init__(self, sentence: str, exit_code: int) -> None:
         super().__init__(sentence)
         self.exit_code = exit_code
+
+
+class FlowFailed(ProducerError):
+    """Stands in the results for a run that did not complete. Carries `index`, `status` and `failure`."""
+
+    def __init__(self, index: int, status: str, failure: Any) -> None:
+        reason = f": {failure.type}: {failure.message}" if failure else ""
+        where = f" in {failure.node}" if failure and failure.node else ""
+        super().__init__(printable(f"item {index} {status}{where}{reason}", 3000))
+        self.index = index
+        self.status = status
+        self.failure = failure

@@ -21,8 +21,9 @@ from producer.batch_lock import BatchLock
 from producer.enqueue import enqueue
 from producer.errors import ProducerError
 from producer.facts import read_facts
-from producer.flows import ThrottledAsyncParallelBatchFlow, found_name
+from producer.flows import ThrottledAsyncParallelBatchFlow
 from producer.follower import catch_up
+from producer.found_name import found_name
 from producer.journal import Journal
 from producer.lines import check_writable
 from producer.local_workers import checked_workers

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,16 +11,19 @@ from pocketflow import AsyncParallelBatchFlow
 from limiter.errors import LimitsError
 from limiter.held import refuse_held
 from limiter.limits import Limits, checked_count, checked_float, checked_name, checked_pacing
-from limiter.printable import printable
 from limiter.process import current_process
 from limiter.pump import Pump
 from limiter.refusal import Hook
-from producer.errors import ProducerError
+from producer.errors import FlowFailed
+from producer.found_name import found_name, made_name
 from worker.contract import FOUND_NAME, limit_of
+from worker.keywords import set_keywords
 from worker.registry import refuse_while_importing
 
 if TYPE_CHECKING:
     from producer.enqueued import Batch
+
+__all__ = ["FlowFailed", "ThrottledAsyncParallelBatchFlow", "found_name"]
 
 
 class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[type-arg]
@@ -110,13 +110,7 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
 
     def __init__(self, start: Any = None, **values: Any) -> None:
         super().__init__(start=start)
-        for key, value in values.items():
-            if key not in self._keywords:
-                raise TypeError(
-                    f"{type(self).__name__} has no keyword '{key}' (it has: {', '.join(self._keywords)})"
-                )
-            if value is not None:
-                setattr(self, key, value)
+        set_keywords(self, self._keywords, values)
         self._check()
         self._completed = self._failed = self._rate_limits = self._successes = 0
         self._level: int | None = None
@@ -210,12 +204,7 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
         found = found_name(self)
         if found is not None and FOUND_NAME.fullmatch(found):
             return found
-        kind = type(self)
-        text = f"{kind.__module__}.{kind.__qualname__}"
-        given = [(key, getattr(self, key)) for key in self._keywords]
-        values = repr([(key, repr(value)) for key, value in given if not callable(value)])
-        digest = hashlib.blake2b(values.encode(), digest_size=6).hexdigest()
-        return re.sub(r"[^A-Za-z0-9_.-]", "_", text)[:100] + "." + digest
+        return made_name(self, [(key, getattr(self, key)) for key in self._keywords])
 
     # --- running -----------------------------------------------------------------------------------
 
@@ -331,42 +320,3 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
             "completed_flows": self._completed,
             "failed_flows": self._failed,
         }
-
-
-class FlowFailed(ProducerError):
-    """Stands in the results for a run that did not complete. Carries `index`, `status` and `failure`."""
-
-    def __init__(self, index: int, status: str, failure: Any) -> None:
-        reason = f": {failure.type}: {failure.message}" if failure else ""
-        where = f" in {failure.node}" if failure and failure.node else ""
-        super().__init__(printable(f"item {index} {status}{where}{reason}", 3000))
-        self.index = index
-        self.status = status
-        self.failure = failure
-
-
-def found_name(flow: object) -> str | None:
-    """The `module:attribute` under which a loaded module holds `flow`; a script counts as its file."""
-    found = [
-        (name, attribute)
-        for name, module in list(sys.modules.items())
-        for attribute, value in list(getattr(module, "__dict__", {}).items())
-        if value is flow and not attribute.startswith("_")
-    ]
-    # the module that made it comes before those that import it, and the script that runs comes last
-    found.sort(key=lambda place: (place[0] == "__main__", place[0] != type(flow).__module__))
-    if not found:
-        return None
-    name, attribute = found[0]
-    if name != "__main__":
-        return f"{name}:{attribute}"
-    path = getattr(sys.modules["__main__"], "__file__", None)
-    return f"{_module_of(Path(path))}:{attribute}" if path else None
-
-
-def _module_of(path: Path) -> str:
-    """The name under which another process would import a script: `python -m a.b` keeps its package."""
-    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    if spec is not None and spec.name != "__main__":
-        return str(spec.name)
-    return path.stem

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from producer.errors import ProducerError
-from producer.flows import FlowFailed, ThrottledAsyncParallelBatchFlow
+from producer.errors import FlowFailed, ProducerError
+from producer.flows import ThrottledAsyncParallelBatchFlow
 from producer.follow import Ended
 from producer.merge import Conflict, Merger
 from producer.spool import Spool

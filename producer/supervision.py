@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 from limiter.client import open_client
 from limiter.connect import Place
 from producer.cancel import cancel, withdraw
-from producer.flows import FlowFailed
+from producer.errors import FlowFailed
 from producer.follow import Ended
 from producer.follower import Follower
 from producer.gathering import ConflictError, Gathering

@@ -11,6 +11,7 @@ from pocketflow import AsyncNode, AsyncParallelBatchNode
 from limiter.limit import limit as block
 from limiter.limits import Limits, checked_count, checked_name, checked_pacing
 from limiter.process import current_process
+from worker.keywords import set_keywords
 
 
 class ThrottledParallelBatchNode(AsyncParallelBatchNode):  # type: ignore[type-arg]
@@ -32,13 +33,7 @@ class ThrottledParallelBatchNode(AsyncParallelBatchNode):  # type: ignore[type-a
 
     def __init__(self, max_retries: int = 1, wait: int = 0, **values: Any) -> None:
         super().__init__(max_retries, wait)
-        for key, value in values.items():
-            if key not in self._keywords:
-                raise TypeError(
-                    f"{type(self).__name__} has no keyword '{key}' (it has: {', '.join(self._keywords)})"
-                )
-            if value is not None:
-                setattr(self, key, value)
+        set_keywords(self, self._keywords, values)
         self._limits(15.0)  # refuse nonsense here, not at the first item
 
     def _limit_name(self) -> str:
