@@ -690,7 +690,7 @@ def test_where_the_level_can_fall_no_further_the_fleet_halts_twice_as_long_each_
     attempt = says(ledger, 0, jobs("A", 1, 1, TWO)).jobs[0].attempt
     after, seq = 1, 2
     for pause_s in (0, 1, 2, 4):
-        index = int(list(ledger.items.values())[0].index)
+        index = next(iter(ledger.items.values())).index
         back = Entry(job_id("L", "b", index), attempt, 1, "refuse", 0)
         answer = says(ledger, after, jobs("A", seq, 1, TWO, refused=attempt, entries=[back]))
         assert (answer.level, len(answer.jobs)) == (1, 0 if pause_s else 1)
