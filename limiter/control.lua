@@ -113,12 +113,14 @@ local ACTS = {
   end,
 }
 
--- Whoever waits first is told now and passes the word on.
+-- Whoever waits first is told now and passes the word on; one that is gone goes to the tail.
 local function wake_head()
-  local head = redis.call('ZRANGE', TICKETS, 0, 0)[1]
-  if not head then return end
-  publish(head, 0)
-  state.woken, state.woken_due = head, now
+  for _, head in ipairs(redis.call('ZRANGE', TICKETS, 0, 3)) do
+    state.woken, state.woken_due = head, now
+    if publish(head, 0) > 0 then return end
+    state.ticket = state.ticket + 1
+    redis.call('ZADD', TICKETS, whole(state.ticket), head)
+  end
 end
 
 if request ~= words[5] then

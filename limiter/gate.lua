@@ -240,15 +240,25 @@ local function write_job(job)
     job.saved, job.flow)
 end
 
+local function channel_of(process) return 'pocketfleet:wake:' .. process end
+
 local function tell(process, words)
-  redis.call('PUBLISH', 'pocketfleet:wake:' .. process, string.match(GATE, '{(.-)}') .. ' ' .. words)
+  return redis.call('PUBLISH', channel_of(process), string.match(GATE, '{(.-)}') .. ' ' .. words)
 end
 
-local function publish(process, wait_us) tell(process, whole(wait_us)) end
+-- Returns how many heard it: 0 = that process is gone (or, on a Cluster, listens at another node).
+local function publish(process, wait_us) return tell(process, whole(wait_us)) end
 
--- Wake the process that has stood idle for the flow the longest; one that never hears asks by itself.
+-- Wake the process that has stood idle for the flow the longest, and for each that is gone another one.
 local function wake_idle(flow, count)
-  local popped = redis.call('ZPOPMIN', idle_of(flow), count or 1)
-  for i = 1, #popped, 2 do publish(popped[i], 0) end
-  return #popped / 2
+  local missed, woken = count or 1, 0
+  for _ = 1, 4 do
+    local popped = redis.call('ZPOPMIN', idle_of(flow), missed)
+    woken, missed = woken + #popped / 2, 0
+    for i = 1, #popped, 2 do
+      if publish(popped[i], 0) == 0 then missed = missed + 1 end
+    end
+    if missed == 0 then break end
+  end
+  return woken
 end

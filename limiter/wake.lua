@@ -23,7 +23,7 @@ local function grant_head()
   local record = read_record(redis.call('HGET', GATE, 'p:' .. head))
   if not record or record.kind ~= 'p' then return false end
   local count = math.min(gate.free, record.want, fair_share() - record.held)
-  if count <= 0 then return false end
+  if count <= 0 or redis.call('PUBSUB', 'NUMSUB', channel_of(head))[2] == 0 then return false end
   local stamp = stamp_starts(count)
   state.attempt = state.attempt + count
   state.in_use = state.in_use + count
@@ -37,20 +37,27 @@ local function grant_head()
   return true
 end
 
--- Only the head has a timer and only the head is woken; it gets the time at which it is due.
+-- Only the head has a timer and only the head is woken; it gets the time at which it is due. One that nobody
+-- hears at is gone: it goes to the tail, and the next one is told.
 local function wake_head()
   local due = gate.due
   if state.woken == me then state.woken = '' end -- it has called: a later head must be told anew
-  local head = state.waiting > 0 and first_ticket() or nil
-  if not head then
-    state.woken, state.waiting = '', 0
-  elseif head == me then
-    state.woken, state.woken_due = me, due or now + state.lease
-  elseif due and (head ~= state.woken or due < state.woken_due) then
-    publish(head, math.max(0, due - now))
+  for _ = 1, 4 do
+    local head = state.waiting > 0 and first_ticket() or nil
+    if not head then
+      state.woken, state.waiting = '', 0
+      return nil
+    elseif head == me then
+      state.woken, state.woken_due = me, due or now + state.lease
+      return head
+    elseif not due or (head == state.woken and due >= state.woken_due) then
+      return head
+    end
     state.woken, state.woken_due = head, due
+    if publish(head, math.max(0, due - now)) > 0 or state.waiting == 1 then return head end
+    take_ticket(head)
   end
-  return head
+  return first_ticket()
 end
 
 -- Idle processes may be left asleep when fewer were woken than jobs came: while nobody waits by ticket,
@@ -142,6 +149,9 @@ local function wait_us()
   if state.reap_at >= now and (gate.refuses or record.idle) then wait = math.min(wait, state.reap_at - now + 1000) end
   if gate.refuses and mine and gate.due then wait = math.min(wait, gate.due - now) end
   if gate.refuses and not mine and gate.free > 0 then wait = math.min(wait, GRACE) end
+  if gate.refuses and not mine and now < gate.closed_until then -- its head may be gone by then
+    wait = math.min(wait, gate.closed_until - now + GRACE)
+  end
   if record.idle and state.due > 0 then wait = math.min(wait, state.due - now) end
   return math.max(0, math.ceil(wait))
 end

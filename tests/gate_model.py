@@ -61,7 +61,8 @@ class Gate:
         self._cancel = sync_script(client, CANCEL)
         self._fake = fake
         self._pubsub = client.pubsub()
-        self._pubsub.psubscribe(wake_channel("*"))
+        self._listening: set[str] = set()
+        self.listen("nobody")
         self.heard: list[tuple[str, int]] = []
         """Wake messages not yet taken: process, us to wait."""
         self.granted: list[tuple[str, Grant]] = []
@@ -70,7 +71,19 @@ class Gate:
         """Messages that end a run: process, attempt, job."""
         self.collect()
 
+    def listen(self, process: str) -> None:
+        """Hear what is said to a process; one that nobody hears at counts as gone."""
+        if process not in self._listening:
+            self._listening.add(process)
+            self._pubsub.subscribe(wake_channel(process))
+
+    def deafen(self, process: str) -> None:
+        """That process is gone."""
+        self._listening.discard(process)
+        self._pubsub.unsubscribe(wake_channel(process))
+
     def sync(self, call: Call, now: int) -> list[Any]:
+        self.listen(call.process)
         reply: list[Any] = self._sync(keys=self.keys.all, args=call.argv(now))
         self.collect()
         return reply
@@ -131,7 +144,7 @@ class Gate:
             message = self._pubsub.get_message(timeout=0 if self._fake else 5)
             if message is None or message["type"] == "pong":
                 return
-            if message["type"] == "pmessage":
+            if message["type"] == "message":
                 limit, what = read_wake(message["data"])
                 if limit != self.limit:
                     continue
@@ -1200,6 +1213,8 @@ class Fleet:
 
     def _die(self, who: int) -> None:
         self.gone.add(who)
+        if who % 2:  # its connection is closed; that of one whose host is gone is not
+            self.gate.deafen(self.pumps[who].name)
 
     def _leave(self, who: int) -> None:
         """A drain: what runs is handed back, permits are released, in one last call."""

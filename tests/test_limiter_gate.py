@@ -662,6 +662,38 @@ def test_a_silent_head_is_granted_no_more_than_its_fair_share(ledger: Ledger) ->
     assert ledger.members["B"].held == 2
 
 
+def test_a_head_that_is_gone_is_passed_over_by_the_call_that_would_wake_it(ledger: Ledger) -> None:
+    says(ledger, 0, ask("A", 1, permits=2))
+    put(ledger, 0, 9)
+    for after, name in enumerate("XYBC", 1):
+        says(ledger, after, jobs(name, 1, 1))
+    ledger.gate.deafen("X")
+    ledger.gate.deafen("Y")
+    says(ledger, 10, ask("A", 2, held=1))
+    assert ledger.gate.take_messages() == [("B", 0)]
+    assert len(says(ledger, 11, jobs("B", 2, 1)).jobs) == 1
+
+
+def test_one_that_is_gone_is_granted_nothing(ledger: Ledger) -> None:
+    says(ledger, 0, ask("A", 1, permits=2))
+    says(ledger, 1, ask("X", 1, permits=1))
+    says(ledger, 2, ask("B", 1, permits=1))
+    ledger.gate.deafen("X")
+    says(ledger, 3, ask("A", 2, held=1))
+    assert ledger.members["X"].held == 0
+    assert ledger.gate.take_messages() == [("B", 0)]
+    assert says(ledger, 4, ask("B", 2, permits=1)).permits == 1
+
+
+def test_an_idle_process_that_is_gone_is_not_woken_in_place_of_a_living_one(ledger: Ledger) -> None:
+    for after, name in enumerate("XYB"):
+        says(ledger, after, jobs(name, 1, 1))
+    ledger.gate.deafen("X")
+    ledger.gate.deafen("Y")
+    put(ledger, 5, 1)
+    assert ledger.gate.take_messages() == [("B", 0)]
+
+
 def test_one_call_grants_to_several_that_wait(ledger: Ledger) -> None:
     limits = Limits("L", 3)
     says(ledger, 0, ask("A", 1, limits, permits=3))

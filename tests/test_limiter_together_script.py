@@ -55,6 +55,8 @@ class Pair:
     ) -> list[Answer]:
         """The answers of both, after each ledger judged its own and what they say together was compared."""
         keys = [key for gate in self.gates for key in gate.keys.all]
+        for gate, call in zip(self.gates, calls, strict=True):
+            gate.listen(call.process)
         argv = together_argv(calls, wanted, singles_first=singles_first, keep_us=keep_us, now_us=now)
         new = all(ledger.is_new(call) for ledger, call in zip(self.ledgers, calls, strict=True))
         raws: list[Any] = self.script(keys=keys, args=argv)
