@@ -104,8 +104,14 @@ class limit:  # noqa: N801 - reads as a verb: async with limit("openai", ...)
 
     async def __aenter__(self) -> Permit:
         refuse_held(self.names)
-        permits = await self._acquire()
-        task = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        process = open_already(loop)
+        if process is not None and len(self._parts) == 1 and not is_inside():  # as a rule
+            pump = process.pump(_limits(*self._parts[0], process.lease_s))
+            permits: Sequence[Permit] = (await acquire(pump, self._timeout_s),)
+        else:
+            permits = await self._acquire()
+        task = asyncio.current_task(loop)
         for permit in permits:
             permit.bind(task)
         self._last = hold(self.names, self, permits)
@@ -151,7 +157,7 @@ class limit:  # noqa: N801 - reads as a verb: async with limit("openai", ...)
             raise LeaseLost(lost)
 
     async def _acquire(self) -> Sequence[Permit]:
-        process = open_already() or await current_process()
+        process = open_already(asyncio.get_running_loop()) or await current_process()
         if process.lease_s != self._values_for:
             self._values_for = process.lease_s
             self._values = tuple([_limits(*part, process.lease_s) for part in self._parts])

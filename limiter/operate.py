@@ -150,7 +150,7 @@ async def _known(client: Redis, limit: str) -> GateView:
 @asynccontextmanager
 async def _client() -> AsyncIterator[Redis]:
     """That of the running loop's process, else one for this call."""
-    process = open_already()
+    process = open_already(asyncio.get_running_loop())
     if process is not None:
         yield process.client
         return

@@ -71,7 +71,7 @@ class Permit:
 
 async def acquire(pump: Pump, timeout_s: float | None = None) -> Permit:
     """Wait for a permit. Cancelling the wait, at any moment, leaves nothing behind."""
-    loop = asyncio.get_running_loop()
+    loop = pump.process.loop
     give_up_at = None if timeout_s is None else monotonic() + timeout_s
     again = False
     while True:

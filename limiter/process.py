@@ -62,7 +62,8 @@ class Process:
         self.circles = Circles(self)
         self._joints: dict[tuple[str, ...], Joint] = {}
         self._wake_client = wake_client
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
+        self.closed = False
         self._tasks: list[asyncio.Task[None]] = []
         self._calls = WakeCalls(wake_client, self.id, self._ring, self._ask_all)
         self._renewal = None
@@ -146,6 +147,7 @@ class Process:
 
     async def close(self) -> None:
         """Give everything back and let go of Redis."""
+        self.closed = True
         for pump in self.pumps.values():
             pump.closing = True
             pump.kick()
@@ -190,7 +192,7 @@ class Process:
     def call_soon(self, act: Callable[[], None]) -> None:
         """Run `act` on the loop, from any thread."""
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(act)
+            self.loop.call_soon_threadsafe(act)
 
     async def reconnect(self) -> None:
         """We are connected to what was the primary: whoever answers at the address now may be the new one."""
@@ -244,7 +246,16 @@ async def open_process(url: str, *, lease_s: float = 15.0, stall_limit_s: float 
 _of_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Future[Process]] = (
     weakref.WeakKeyDictionary()
 )
-os.register_at_fork(after_in_child=_of_loop.clear)
+_recent: tuple[asyncio.AbstractEventLoop, Process] | None = None  # what `open_already` last found
+
+
+def _forget_all() -> None:
+    global _recent
+    _of_loop.clear()
+    _recent = None
+
+
+os.register_at_fork(after_in_child=_forget_all)
 
 
 async def current_process(settings: FleetSettings | None = None) -> Process:
@@ -271,11 +282,16 @@ def adopt(process: Process) -> None:
         process.on_close(lambda: _of_loop.pop(loop, None))
 
 
-def open_already() -> Process | None:
-    """The process of the running loop if it is open: what `current_process` gives, without a wait."""
-    opening = _of_loop.get(asyncio.get_running_loop())
+def open_already(loop: asyncio.AbstractEventLoop) -> Process | None:
+    """The process of the running `loop` if it is open: what `current_process` gives, without a wait."""
+    global _recent
+    recent = _recent
+    if recent is not None and recent[0] is loop and not recent[1].closed:
+        return recent[1]
+    opening = _of_loop.get(loop)
     if opening is None or not opening.done() or opening.cancelled() or opening.exception() is not None:
         return None
+    _recent = (loop, opening.result())
     return opening.result()
 
 
