@@ -75,6 +75,7 @@ def run(
     ] = None,
 ) -> None:
     """Run a flow over many items: enqueue, start workers, follow, merge."""
+    from producer.lines import own_output
     from producer.local_workers import cores
 
     fleet_run = _fleet_run(
@@ -90,7 +91,7 @@ def run(
         weight=weight,
     )
     if fleet_run.output is None:
-        fleet_run.output = fleet_run.settings.data_dir / "output" / f"{fleet_run.batch}.jsonl"
+        fleet_run.output = own_output(fleet_run.settings.data_dir, fleet_run.batch)
     if workers == 0:
         from worker.output import prefix_items
 

@@ -25,7 +25,7 @@ from producer.flows import ThrottledAsyncParallelBatchFlow
 from producer.follower import catch_up
 from producer.found_name import found_name
 from producer.journal import Journal
-from producer.lines import check_writable
+from producer.lines import check_output
 from producer.local_workers import checked_workers
 from producer.plan import Plan, measured_run_s, plan_for, room_in_redis
 from producer.prune import sweep
@@ -117,7 +117,7 @@ class FleetRun:
     async def go(self) -> Any:
         """Enqueue, follow, merge; returns what the flow's `post_async` returns."""
         if self.output is not None:
-            check_writable(self.output)
+            check_output(self.output, self.settings.data_dir, self.batch)
         async with self._redis(start=True) as (client, place):
             await sweep(client, self.settings)
             prepared, items, where = await self._items()

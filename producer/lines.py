@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from producer.disk import open_at, replace_file, write_all
+from producer.disk import batch_dir, open_at, replace_file, write_all
 from producer.errors import InputError
 from producer.follow import Ended
 from producer.journal import Journal
@@ -51,7 +51,8 @@ _TAIL = 4_096
 class LineFile:
     """Appends to `path` the lines of what its batch's journal has gained.
 
-    A file that this batch was writing is gone on with; any other content is replaced.
+    A file that this batch was writing is gone on with; any other content is replaced: `check_output`
+    comes first where a user named the file.
 
     Raises:
         InputError: the file cannot be written.
@@ -69,12 +70,12 @@ class LineFile:
         except OSError as error:
             raise _unwritable(path, error) from None
         replace_file(spool.home / "output", os.fsencode(path.resolve()))
-        self._note_fd = open_at(spool.home / "written", 0)
+        # the note of before stays until it is replaced: a kill here must not make the file a stranger's
+        self._note_fd = os.open(spool.home / "written", os.O_RDWR | os.O_CREAT, 0o600)
         self._place, self._size, self._tail = place, size, _tail(path, size)
+        self._note()
         if self._csv and not size:
             self._write([_row(COLUMNS)], place)
-        else:
-            self._note()
 
     def catch_up(self) -> None:
         """Write the lines of everything the journal has gained."""
@@ -115,16 +116,21 @@ class LineFile:
 
     def _known(self) -> tuple[int, int]:
         """The journal's byte and the file's size up to which this batch has written this very file."""
-        try:
-            named = (self._spool.home / "output").read_bytes()
-            note = (self._spool.home / "written").read_bytes()
-            place, size, length, crc = _WRITTEN.unpack(note)
-        except (OSError, struct.error):
-            return 0, 0
-        if named != os.fsencode(self.path.resolve()) or place > self._journal.end:
-            return 0, 0
-        tail = _tail(self.path, size)
-        return (place, size) if len(tail) == length and zlib.crc32(tail) == crc else (0, 0)
+        known = _known(self.path, self._spool.home)
+        return known if known is not None and known[0] <= self._journal.end else (0, 0)
+
+
+def _known(path: Path, home: Path) -> tuple[int, int] | None:
+    """How far the batch of that manifest has written this very file, None if it did not."""
+    try:
+        named = (home / "output").read_bytes()
+        place, size, length, crc = _WRITTEN.unpack((home / "written").read_bytes())
+    except (OSError, struct.error):
+        return None
+    if named != os.fsencode(path.resolve()):
+        return None
+    tail = _tail(path, size)
+    return (place, size) if len(tail) == length and zlib.crc32(tail) == crc else None
 
 
 def _tail(path: Path, size: int) -> bytes:
@@ -143,12 +149,30 @@ def is_csv(path: Path) -> bool:
     return path.suffix.lower() == ".csv"
 
 
-def check_writable(path: Path) -> None:
-    """Refuse a path that could not be written, before anything is enqueued; what stands there stays.
+def own_output(data_dir: Path, batch: str) -> Path:
+    """Where a batch's lines go if nobody names a file."""
+    return data_dir / "output" / f"{batch}.jsonl"
+
+
+def check_output(path: Path, data_dir: Path, batch: str) -> None:
+    """Refuse a path that could not be written, or a file with content that this batch has not written.
+
+    To be asked before anything is enqueued; what stands there stays.
 
     Raises:
         InputError: names the path and why.
     """
+    _check_writable(path)
+    if not path.is_file() or not path.stat().st_size or path == own_output(data_dir, batch):
+        return
+    if _known(path, batch_dir(data_dir, batch)) is None:
+        raise InputError(
+            f"--output {path} exists, and batch {batch} did not write it: name another file, or delete it",
+            source=str(path),
+        )
+
+
+def _check_writable(path: Path) -> None:
     new = not os.path.exists(path)  # Path.exists may raise
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

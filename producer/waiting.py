@@ -15,7 +15,7 @@ from producer.follow import Ended, read
 from producer.follower import Follower
 from producer.journal import Journal
 from producer.known import Known, known_batch
-from producer.lines import LineFile, check_writable, record_of
+from producer.lines import LineFile, check_output, record_of
 from producer.progress import Progress
 from producer.settings import ProducerSettings
 
@@ -29,7 +29,7 @@ async def wait_for(settings: ProducerSettings, batch: str, output: Path | None) 
         SpoolError: nobody knows the batch; with `output`: it has no spool here, or another producer has it.
     """
     if output is not None:
-        check_writable(output)
+        check_output(output, settings.data_dir, batch)
     async with known_batch(settings, batch) as known:
         with contextlib.ExitStack() as stack:
             journal = None

@@ -303,6 +303,28 @@ def test_first_takes_some_items_and_the_same_batch_takes_the_rest(folder: Folder
     assert len(folder.lines("out.jsonl")) == 4
 
 
+@pytest.mark.parametrize("name", ["precious.txt", "precious.csv"])
+def test_a_file_of_somebody_else_is_refused_as_output_and_stays(name: str, folder: Folder) -> None:
+    precious = folder.path / name
+    precious.write_text("my notes\n")
+    line = f"pocketfleet run users:flow --set 'user_ids=[1]' --workers 0 --batch b --output {name}"
+    done = folder.type(line)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[1:] == [
+        f"pocketfleet: --output {name} exists, and batch b did not write it: name another file, or delete it"
+    ]
+    assert precious.read_text() == "my notes\n"
+    assert not (folder.path / "ledger.txt").exists()
+    assert not list((folder.path / ".pocketfleet/batches").glob("*"))
+    precious.unlink()
+    assert folder.type(line).returncode == 0
+    written = precious.read_text()
+    again = folder.type(line)
+    assert (again.returncode, precious.read_text()) == (0, written), again.stderr
+    other = folder.type(line.replace("--batch b", "--batch other"))
+    assert (other.returncode, precious.read_text()) == (2, written), "another batch wrote it"
+
+
 def test_items_left_by_an_earlier_batch_are_announced(folder: Folder) -> None:
     ids = json.dumps(list(range(9)), separators=(",", ":"))
     running = folder.start(f"pocketfleet run users:flow --set user_ids={ids} --set s=0.7 --workers 0")
@@ -327,6 +349,7 @@ def test_params_come_from_a_file_or_standard_input_and_prep_is_not_asked(folder:
         ("--params p.jsonl --first 1", ""),
         ("--params -", '{"user_id": 9}\n'),
     ):
+        (folder.path / "out.jsonl").unlink(missing_ok=True)
         done = folder.type(f"pocketfleet run users:flow {line} --workers 0 --output out.jsonl", answers)
         assert done.returncode == 0, done.stderr
     assert sorted(folder.lines("ledger.txt")) == ["1", "7", "8", "9"]
