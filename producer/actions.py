@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from producer.cancel import Cancelled, cancel
 from producer.enqueue import enqueue
+from producer.facts import read_facts
 from producer.follower import catch_up
 from producer.known import known_batch
 from producer.settings import ProducerSettings
@@ -12,9 +15,14 @@ from worker.contract import STATUSES
 
 
 async def cancel_batch(settings: ProducerSettings, batch: str) -> Cancelled:
-    """Take a batch off the queue and end its runs. May be repeated."""
+    """Take a batch off the queue and end its runs; one that is over stays as it is. May be repeated."""
     async with known_batch(settings, batch) as known:
-        return await cancel(known.client, known.limit, known.flow, batch, known.count)
+        done = await cancel(known.client, known.limit, known.flow, batch, known.count)
+        if done.waiting or done.running:
+            return done
+        facts = await read_facts(known.client, known.limit, batch)
+        over = facts is not None and facts.over and not facts.cancelled and not facts.missing
+        return replace(done, over=over)
 
 
 async def retry_failed(settings: ProducerSettings, batch: str) -> tuple[int, str]:

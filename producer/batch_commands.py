@@ -143,10 +143,11 @@ def cancel(batch: Id, as_json: Json = False) -> None:
     from producer.actions import cancel_batch
 
     done = asyncio.run(cancel_batch(_settings(), batch))
+    did = f"{batch}: {_items(done.waiting)} taken off the queue, {_runs(done.running)} told to stop"
     _print(
         as_json,
         {"batch": batch, "waiting": done.waiting, "running": done.running},
-        f"{batch}: {_items(done.waiting)} taken off the queue, {_runs(done.running)} told to stop",
+        f"batch {batch} is over: there is nothing to cancel" if done.over else did,
     )
 
 

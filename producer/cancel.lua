@@ -13,7 +13,8 @@
 -- Returns {taken off, ended, counted}: items that waited; runs that were ended; those of either that the
 -- batch still counts as left.
 -- A waiting item leaves no outcome: the next enqueue of the batch brings it again. Unless only fresh ones
--- are taken, the batch is marked as cancelled first, so that nobody goes on enqueueing it. A run is ended
+-- are taken, the batch is marked as cancelled first, so that nobody goes on enqueueing it; one that is
+-- over (nothing is left, and each of its `count` items has ended) stays as it is. A run is ended
 -- here: it counts as aborted, and its process hears of it and stops it. That process holds the slot until
 -- then, and what it says of the run later is refused.
 
@@ -29,8 +30,12 @@ if state.gen > 0 then
 end
 
 local known = redis.call('EXISTS', key) == 1
-if known and what ~= 'fresh' then redis.call('HSET', key, 'cancelled', 1) end
-if known then redis.call('HDEL', key, 'enqueued') end
+local facts = redis.call('HMGET', key, 'left', 'count', 'lost')
+local items = tonumber(facts[2] or '') or 0
+local over = items > 0 and (tonumber(facts[1] or '') or 0) <= 0
+  and redis.call('BITCOUNT', ROOT .. 'done:' .. batch) + (tonumber(facts[3] or '') or 0) >= items
+if known and not over and what ~= 'fresh' then redis.call('HSET', key, 'cancelled', 1) end
+if known and not over then redis.call('HDEL', key, 'enqueued') end
 
 local ids, gone, payloads = {}, {}, {}
 for i = 1, count do ids[i] = '{' .. limit .. '}:' .. batch .. ':' .. whole(first + i - 1) end

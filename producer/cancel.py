@@ -19,11 +19,15 @@ CHUNK = 1_000
 
 @dataclass(frozen=True)
 class Cancelled:
-    """What a cancel did: items taken off the queue, runs that were ended, items the batch still has left."""
+    """What a cancel did: items taken off the queue, runs that were ended, items the batch still has left.
+
+    `over`: the batch had ended before, and nothing was changed.
+    """
 
     waiting: int = 0
     running: int = 0
     left: int = 0
+    over: bool = False
 
 
 async def cancel(

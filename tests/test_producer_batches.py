@@ -141,6 +141,16 @@ def test_a_cancel_stops_what_waits_at_once_and_what_runs_at_its_next_await(place
     worker.end()
 
 
+def test_a_batch_that_is_over_cannot_be_cancelled_and_stays_as_it_is(place: Site) -> None:
+    told(place.pocketfleet("run", "users:flow", "--set", ids(1_200), "--workers", "1", "--batch", "b"))
+    before = status(place)
+    for _ in range(2):
+        assert told(place.pocketfleet("batch", "cancel", "b")) == "batch b is over: there is nothing to cancel\n"
+    assert status(place) == before
+    assert (before["state"], before["completed"]) == ("over", 1_200)
+    told(place.pocketfleet("batch", "status", "b"), 0)
+
+
 def test_a_retry_runs_the_failures_alone_and_keeps_the_history(place: Site) -> None:
     (place.directory / "broken").touch()
     words = ["run", "users:flow", "--set", ids(12), "--workers", "1", "--batch", "b", "--output", "out.jsonl"]
