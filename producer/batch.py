@@ -59,9 +59,13 @@ def encoded_base(shared: Any, local_keys: Iterable[str]) -> bytes:
 
 
 async def as_async(items: Any, where: str) -> AsyncIterator[Any]:
-    """Any iterable or async iterable of param dicts, one by one."""
+    """Any iterable or async iterable of param dicts, one by one.
+
+    Raises:
+        ProducerError: it is None or something else that holds no items.
+    """
     if items is None:
-        return
+        raise ProducerError(f"{where} returned None: return the list of param dicts. Nothing was enqueued.")
     if isinstance(items, (dict, str, bytes)):
         raise ProducerError(
             f"{where} returned a {type(items).__name__}; return a list of dicts. Nothing was enqueued."

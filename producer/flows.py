@@ -14,7 +14,7 @@ from limiter.limits import Limits, checked_count, checked_float, checked_name, c
 from limiter.process import current_process
 from limiter.pump import Pump
 from limiter.refusal import Hook
-from producer.errors import FlowFailed
+from producer.errors import FlowFailed, ProducerError
 from producer.found_name import found_name, made_name
 from worker.contract import FOUND_NAME, limit_of
 from worker.keywords import set_keywords
@@ -213,7 +213,10 @@ class ThrottledAsyncParallelBatchFlow(AsyncParallelBatchFlow):  # type: ignore[t
         from producer.local_run import LocalRun
 
         refuse_while_importing("run_async")
-        prepared = list(await self.prep_async(shared) or [])
+        given = await self.prep_async(shared)
+        if given is None:
+            raise ProducerError("prep_async returned None: return the list of param dicts")
+        prepared = list(given)
         process = await current_process()
         limits = self.fleet_limits(self._own_name(), process.lease_s)
         refuse_held((limits.name,))

@@ -59,6 +59,7 @@ async def seventh_fails_too():
 
 PREPARED = {
     "dict": lambda: {"a": 1},
+    "forgotten": lambda: None,
     "text": lambda: "abc",
     "number": lambda: 5,
     "texts": lambda: [{"a": 1}, "b"],
@@ -182,6 +183,7 @@ TABLE = [
     Case("batch status ..:", r"^batch name '\.\.:' cannot be used"),
     Case("limits show a/b", "^limit name 'a/b' cannot be used"),
     # params
+    prepares("forgotten", "^prep_async returned None: return the list of param dicts"),
     prepares("dict", "^prep_async returned a dict; return a list of dicts"),
     prepares("text", "^prep_async returned a str; return a list of dicts"),
     prepares("number", "^prep_async returned a int; return a list of dicts"),

@@ -18,6 +18,7 @@ from pocketfleet import (
     ThrottledAsyncParallelBatchFlow,
     ThrottledParallelBatchNode,
 )
+from producer.errors import ProducerError
 from tests import servers
 
 
@@ -211,3 +212,14 @@ def test_presets_are_keywords_of_the_flow_classes() -> None:
         "ADAPTIVE_GENTLE",
     ]
     assert Adaptive(**FlowPresets.ADAPTIVE_GENTLE).recovery == "additive"
+
+
+def test_a_prep_that_forgot_its_return_is_told_so() -> None:
+    class Forgetful(ThrottledAsyncParallelBatchFlow):
+        async def prep_async(self, shared: Any) -> None:
+            [{"i": i} for i in range(3)]
+
+    flow = Forgetful(start=Work(), name="forgetful")
+    for run in (flow.run_async, flow.run_on_fleet):
+        with pytest.raises(ProducerError, match=r"^prep_async returned None: return the list of param dicts"):
+            asyncio.run(run({}))  # type: ignore[arg-type]
