@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from limiter.errors import LimitsError
+from limiter.table import print_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -153,7 +154,7 @@ def holders(name: Name, as_json: AsJson = False) -> None:
     if as_json:
         _print_json(_plain(found))
     elif found:
-        _print(_holders_table(found))
+        print_table(_holders_table(found))
     else:
         typer.echo(f"no process uses {_shown(name)} now")
 
@@ -233,16 +234,10 @@ def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-def _print(table: Table) -> None:
-    from rich.console import Console
-
-    Console().print(table)
-
-
 def _print_views(views: list[GateView], events: list[list[Event]]) -> None:
     from limiter.doctor import override_line
 
-    _print(_table(views))
+    print_table(_table(views))
     for view in views:
         if view.override:
             typer.echo(f"override of {view.name}: {override_line(view)}")

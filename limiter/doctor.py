@@ -189,17 +189,11 @@ def _sample(row: Any) -> tuple[float, float, int] | None:
 def shown(found: Diagnosis) -> list[str]:
     """The lines that `doctor` prints."""
     gate, pace = found.gate, found.pace
-    rate = (
-        f" of {gate.max_per_window} in {gate.window_s:g} s"
-        if gate.max_per_window
-        else ", no limit per minute"
-    )
     lines = [
         f"{gate.name}: {found.verdict}",
         f"  in use    {gate.in_use} of {int(gate.level)}, most in the last {_span(pace.over_s)}: {pace.peak}"
         f" (limit {gate.max_concurrent})",
-        f"  starts    {pace.per_minute:.1f} a minute over {_span(pace.over_s)}, busiest minute"
-        f" {pace.busiest_minute}{rate}",
+        f"  starts    {_starts(gate, pace)}",
     ]
     if gate.override:
         lines.append(f"  override  {override_line(gate)}")
@@ -217,6 +211,17 @@ def shown(found: Diagnosis) -> list[str]:
     lines += [f"  cut       {each.clock()}  {each.sentence()}" for each in found.cuts]
     lines += [f"  noted     {each.clock()}  {each.sentence()}" for each in found.oddities]
     return lines
+
+
+def _starts(gate: GateView, pace: Pace) -> str:
+    """Those of the window until samples cover it: what started before the first one is in no rate."""
+    window = f"{gate.max_per_window} in {gate.window_s:g} s" if gate.max_per_window else ""
+    if window and pace.over_s < gate.window_s:
+        return f"{gate.used} of {window}"
+    rate = f" of {window}" if window else ", no limit per minute"
+    if not pace.over_s:
+        return f"not sampled yet{rate}"
+    return f"{pace.per_minute:.1f} a minute over {_span(pace.over_s)}, busiest minute {pace.busiest_minute}{rate}"
 
 
 def override_line(gate: GateView) -> str:

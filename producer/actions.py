@@ -8,7 +8,7 @@ from producer.cancel import Cancelled, cancel
 from producer.enqueue import enqueue
 from producer.facts import read_facts
 from producer.follower import catch_up
-from producer.known import known_batch
+from producer.known import Known, known_batch
 from producer.settings import ProducerSettings
 from producer.who_runs import unserved
 from worker.contract import STATUSES
@@ -25,8 +25,9 @@ async def cancel_batch(settings: ProducerSettings, batch: str) -> Cancelled:
         return replace(done, over=over)
 
 
-async def retry_failed(settings: ProducerSettings, batch: str) -> tuple[int, str]:
-    """Enqueue every item again that ended without completing; how many, and a warning if nobody serves.
+async def retry_failed(settings: ProducerSettings, batch: str) -> tuple[int, int, str]:
+    """Enqueue every item again that ended without completing; how many, how many never ran and are not in
+    the queue either, and a warning if nobody serves.
 
     Raises:
         SpoolError: the spool is not here, or another producer has the batch.
@@ -40,7 +41,8 @@ async def retry_failed(settings: ProducerSettings, batch: str) -> tuple[int, str
                 await enqueue(
                     known.client, known.own_spool, journal=journal, keep_s=settings.keep_s, only_retries=True
                 )
-        return asked, await unserved(known.client, known.flow, known.flow)
+        facts = await read_facts(known.client, known.limit, batch)
+        return asked, facts.missing if facts else 0, await _unserved(known)
 
 
 async def resubmit_lost(settings: ProducerSettings, batch: str) -> tuple[int, str]:
@@ -57,4 +59,9 @@ async def resubmit_lost(settings: ProducerSettings, batch: str) -> tuple[int, st
             done = await enqueue(
                 known.client, known.own_spool, journal=journal, keep_s=settings.keep_s, however_old=True
             )
-        return done.added, await unserved(known.client, known.flow, known.flow)
+        return done.added, await _unserved(known)
+
+
+async def _unserved(known: Known) -> str:
+    leaving = known.batch if known.place.embedded else ""
+    return await unserved(known.client, known.flow, known.flow, leaving=leaving)

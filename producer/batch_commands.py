@@ -49,15 +49,14 @@ def _print(as_json: bool, value: Any, sentence: str) -> None:
 @batches.command("list")
 def list_(as_json: Json = False) -> None:
     """List batches, oldest first: how far they are, how many bytes they take in Redis and on this disk."""
-    from rich.console import Console
-
+    from limiter.table import print_table
     from producer.batch_views import listed, table_of
 
     rows = asyncio.run(listed(_settings()))
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     elif rows:
-        Console().print(table_of(rows))
+        print_table(table_of(rows))
     else:
         typer.echo("no batch is known; one appears with its enqueue")
 
@@ -130,9 +129,14 @@ def retry(
 
     if not failed:
         raise InputError("say which items to retry: pocketfleet batch retry ID --failed")
-    count, unserved = asyncio.run(retry_failed(_settings(), batch))
+    count, unrun, unserved = asyncio.run(retry_failed(_settings(), batch))
+    rest = f"; {unrun} never ran: run or enqueue it again with --batch {batch}" if unrun else ""
     follow = f"; follow them: pocketfleet batch wait {batch}" if count else ""
-    _print(as_json, {"batch": batch, "retried": count}, f"{_items(count)} enqueued again{follow}")
+    _print(
+        as_json,
+        {"batch": batch, "retried": count, "never_ran": unrun},
+        f"{_items(count)} enqueued again{rest}{follow}",
+    )
     if unserved and count:
         typer.echo(unserved, err=True)
 

@@ -132,12 +132,13 @@ class FleetRun:
 
     async def enqueue_only(self) -> Spool:
         """Put the batch into the queue and leave it to the workers."""
-        async with self._redis(start=False) as (client, _):
+        async with self._redis(start=False) as (client, place):
             await sweep(client, self.settings)
             _, items, where = await self._items()
             with BatchLock(self.settings.data_dir, self.batch):
                 self.spool = spool = await self._write_spool(client, items, where)
-                if said := await unserved(client, self.served.name, self.served.target):
+                leaving = self.batch if place.embedded else ""
+                if said := await unserved(client, self.served.name, self.served.target, leaving=leaving):
                     _to_stderr(said)
                 with Journal(spool.home, self.batch, spool.count) as journal:
                     await catch_up(client, spool.limit, self.batch, journal)

@@ -8,10 +8,19 @@ from limiter.keys import GateKeys
 from worker.presence import living_workers
 
 
-async def unserved(client: Redis, flow: str, target: str) -> str:
-    """Whether no worker would take the jobs of a flow that workers find under `target`."""
+async def unserved(client: Redis, flow: str, target: str, *, leaving: str = "") -> str:
+    """Whether no worker would take the jobs of a flow that workers find under `target`, and what helps.
+
+    Args:
+        leaving: the batch that a command leaves in the embedded server, which no worker starts.
+    """
     if any(flow in info.flows for info in await living_workers(client)):
         return ""
+    if leaving:
+        return (
+            f"no worker serves {flow}, and none can by itself, as no POCKETFLEET_REDIS_URL is set: "
+            f"run it with pocketfleet run {target} ... --batch {leaving}, or set one and enqueue there"
+        )
     return f"no worker serves {flow}; start one: pocketfleet worker {target}"
 
 

@@ -474,6 +474,19 @@ def test_enqueue_prints_the_id_alone_and_workers_of_another_time_do_the_rest(sha
     assert abs(told["created"] - time.time()) < 3600
 
 
+def test_a_retry_in_the_embedded_server_names_what_runs_it_there(folder: Folder) -> None:
+    line = "pocketfleet run users:flow --set 'user_ids=[13]' --workers 0 --batch b"
+    assert folder.type(line).returncode == 1
+    again = folder.type("pocketfleet batch retry b --failed")
+    assert (again.returncode, again.stdout.split(";")[0]) == (0, "1 item enqueued again")
+    assert again.stderr == (
+        "no worker serves users:flow, and none can by itself, as no POCKETFLEET_REDIS_URL is set: "
+        "run it with pocketfleet run users:flow ... --batch b, or set one and enqueue there\n"
+    )
+    assert "1 failed in" in folder.type(line).stderr, "it works"
+    assert folder.lines("ledger.txt") == ["13", "13"]
+
+
 def test_workers_and_limits_are_shown_while_a_worker_lives(shared_folder: Folder) -> None:
     nobody = shared_folder.ask("pocketfleet workers --check")
     assert (nobody.returncode, nobody.stdout) == (1, "no worker of this host lives\n")

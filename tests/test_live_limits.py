@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 
-from limiter.doctor import Pace, pace_of, verdict
+from limiter.commands import _table as limits_table
+from limiter.doctor import Diagnosis, Pace, pace_of, shown, verdict
 from limiter.errors import LimitsError
 from limiter.events import Event
 from limiter.holders import Holder
+from limiter.table import print_table
 from limiter.view import GateView, OverrideView
 from pocketfleet import limit, limits
+from producer.batch_views import table_of as batches_table
 from tests import fleet, servers
 from tests.fleet import Site, until
 from tests.test_limiter_permit import held_elsewhere
@@ -314,3 +317,39 @@ def test_the_pace_is_counted_from_samples_and_not_over_a_new_counter() -> None:
     samples = [(0.0, 50.0, 1), (100.0, 60.0, 2), (105.0, 90.0, 7), (110.0, 1e15, 3)]
     assert pace_of(samples, 120.0, 1e15 + 5, 4) == Pace(120.0, 45, 39, 7)
     assert pace_of(samples, 1000.0, 1e15, 4) == Pace(0.0, 0, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("rate", "pace", "says"),
+    [
+        (30, Pace(13.0, 0, 0, 4), "30 of 30 in 60 s"),
+        (30, Pace(0.0, 0, 0, 4), "30 of 30 in 60 s"),
+        (30, Pace(120.0, 50, 28, 4), "25.0 a minute over 2 min, busiest minute 28 of 30 in 60 s"),
+        (None, Pace(0.0, 0, 0, 4), "not sampled yet, no limit per minute"),
+        (None, Pace(30.0, 5, 5, 4), "10.0 a minute over 30 s, busiest minute 5, no limit per minute"),
+    ],
+)
+def test_no_rate_stands_beside_a_window_that_it_does_not_cover(
+    rate: int | None, pace: Pace, says: str
+) -> None:
+    gate = replace(GATE, max_per_window=rate, used=30 if rate else 0)
+    found = Diagnosis(gate, pace, [], [], 0.0, [], [], "window: 30 of 30 starts in 60 s")
+    assert shown(found)[2] == f"  starts    {says}"
+
+
+@pytest.mark.parametrize("columns", ["20", "80"])
+def test_a_table_is_neither_cut_nor_wrapped(
+    columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    held = replace(GATE, name="n" * 90, used=60, next_start_s=3.2)
+    print_table(limits_table([held]))
+    row = {"batch": "users-flow-20261122-101500-3fa9" * 3, "flow": "users:flow", "state": "only on disk"}
+    counts = {"count": 1_000_000, "bytes_in_redis": 0, "bytes_on_disk": 10**9, "created": 0.0}
+    print_table(batches_table([row | counts]))
+    title, limit, other, batch = capsys.readouterr().out.splitlines()
+    assert held.name in limit
+    assert held.holds_back() in limit
+    assert (title.split()[0], other.split()[-1]) == ("limit", "enqueued")
+    assert batch.split()[0] == row["batch"]
+    assert "only on disk" in batch

@@ -145,10 +145,25 @@ def test_a_batch_that_is_over_cannot_be_cancelled_and_stays_as_it_is(place: Site
     told(place.pocketfleet("run", "users:flow", "--set", ids(1_200), "--workers", "1", "--batch", "b"))
     before = status(place)
     for _ in range(2):
-        assert told(place.pocketfleet("batch", "cancel", "b")) == "batch b is over: there is nothing to cancel\n"
+        assert (
+            told(place.pocketfleet("batch", "cancel", "b")) == "batch b is over: there is nothing to cancel\n"
+        )
     assert status(place) == before
     assert (before["state"], before["completed"]) == ("over", 1_200)
     told(place.pocketfleet("batch", "status", "b"), 0)
+
+
+def test_a_retry_after_a_cancel_says_what_never_ran(place: Site) -> None:
+    (place.directory / "broken").touch()
+    words = ("users:flow", "--set", ids(12), "--batch", "b")
+    told(place.pocketfleet("run", *words, "--first", "5", "--workers", "1"), 1)
+    told(place.pocketfleet("enqueue", *words))
+    assert told(place.pocketfleet("batch", "cancel", "b")).startswith("b: 7 items taken off the queue")
+    assert told(place.pocketfleet("batch", "retry", "b", "--failed")).startswith(
+        "1 item enqueued again; 7 never ran: run or enqueue it again with --batch b; follow them: "
+    )
+    (place.directory / "broken").unlink()
+    assert "12 completed" in told(place.pocketfleet("run", *words, "--workers", "1"))
 
 
 def test_a_retry_runs_the_failures_alone_and_keeps_the_history(place: Site) -> None:

@@ -70,10 +70,10 @@ def workers(
 ) -> None:
     """List the living workers of the fleet."""
     import msgspec
-    from rich.console import Console
 
     from limiter.errors import LimiterError
     from limiter.settings import load
+    from limiter.table import print_table
     from worker.settings import WorkerSettings
 
     try:
@@ -92,7 +92,7 @@ def workers(
     if as_json:
         typer.echo(msgspec.json.encode(found).decode())
     elif found:
-        Console().print(_table(found))
+        print_table(_table(found))
     else:
         typer.echo("no worker lives; start one with: pocketfleet worker users:flow")
 
