@@ -7,7 +7,7 @@
 -- ARGV[4]  flow     name of the flow
 -- ARGV[5]  spacing  places between two items of the batch: 1000 / weight
 -- ARGV[6]  retry    0, or how often these items, which have ended, are retried now: one that was retried
---                   as often already stays as it is
+--                   as often already stays as it is, unless a cancel has taken it off since
 -- ARGV[7]  before   with a retry: the status that these items had ended with
 -- ARGV[8]  index, payload, index, payload, ...  at most 1000 pairs
 --
@@ -31,19 +31,34 @@ if found[3] then
   return { 0, 0, 1 }
 end
 
--- Per item of the call 1 if it is done; of retried ones, if it was retried as often before.
+local function id_of(index) return '{' .. limit .. '}:' .. batch .. ':' .. index end
+
+-- Per item of the call 1 if it is done.
+local function done_bits()
+  if redis.call('EXISTS', done_key) == 0 then return {} end
+  local asks = {}
+  for i = FIRST_ITEM, #ARGV, 2 do
+    asks[#asks + 1], asks[#asks + 2], asks[#asks + 3] = 'GET', 'u1', ARGV[i]
+  end
+  return redis.call('BITFIELD', done_key, unpack(asks))
+end
+
+-- Items that were retried as often before: index -> true. One that a cancel has taken off since is neither
+-- in the queue nor done, and is brought again.
+local retried = {}
+
+-- Per item of the call 1 if there is nothing to add.
 local function dealt_with()
-  local asks, dealt = {}, {}
-  if retry > 0 then
-    for i = FIRST_ITEM, #ARGV, 2 do asks[#asks + 1] = ARGV[i] end
-    for n, times in ipairs(redis.call('HMGET', retries, unpack(asks))) do
-      dealt[n] = (tonumber(times or '') or 0) >= retry and 1 or 0
-    end
-  elseif redis.call('EXISTS', done_key) == 1 then
-    for i = FIRST_ITEM, #ARGV, 2 do
-      asks[#asks + 1], asks[#asks + 2], asks[#asks + 3] = 'GET', 'u1', ARGV[i]
-    end
-    dealt = redis.call('BITFIELD', done_key, unpack(asks))
+  local dealt = done_bits()
+  if retry == 0 then return dealt end
+  local indexes, ids = {}, {}
+  for i = FIRST_ITEM, #ARGV, 2 do
+    indexes[#indexes + 1], ids[#ids + 1] = ARGV[i], id_of(ARGV[i])
+  end
+  local queued = redis.call('ZMSCORE', queue_of(flow), unpack(ids))
+  for n, times in ipairs(redis.call('HMGET', retries, unpack(indexes))) do
+    retried[indexes[n]] = (tonumber(times or '') or 0) >= retry
+    dealt[n] = retried[indexes[n]] and (queued[n] or dealt[n] == 1) and 1 or 0
   end
   return dealt
 end
@@ -63,14 +78,17 @@ end
 local function undo(wanted)
   local bits, times = {}, {}
   for i = 1, #wanted, 2 do
-    local n = #bits
-    bits[n + 1], bits[n + 2], bits[n + 3], bits[n + 4] = 'SET', 'u1', wanted[i], '0'
-    times[i], times[i + 1] = wanted[i], retry
+    if not retried[wanted[i]] then
+      local n = #bits
+      bits[n + 1], bits[n + 2], bits[n + 3], bits[n + 4] = 'SET', 'u1', wanted[i], '0'
+      times[#times + 1], times[#times + 2] = wanted[i], retry
+    end
   end
+  if #times == 0 then return end
   redis.call('BITFIELD', done_key, unpack(bits))
   redis.call('HSET', retries, unpack(times))
   if tonumber(redis.call('HGET', key, ARGV[7]) or 0) > 0 then
-    redis.call('HINCRBY', key, ARGV[7], -#wanted / 2)
+    redis.call('HINCRBY', key, ARGV[7], -#times / 2)
   end
 end
 
@@ -78,7 +96,7 @@ local wanted = missing()
 local place = math.max(state.place, tonumber(found[1] or '') or 1)
 local pairs_, places = {}, {}
 for i = 1, #wanted, 2 do
-  local id = '{' .. limit .. '}:' .. batch .. ':' .. wanted[i]
+  local id = id_of(wanted[i])
   pairs_[#pairs_ + 1], pairs_[#pairs_ + 2] = 'arq:job:' .. id, wanted[i + 1]
   places[#places + 1], places[#places + 2] = whole(place), id
   place = place + spacing

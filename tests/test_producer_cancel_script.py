@@ -148,3 +148,16 @@ def test_a_retry_is_added_once_however_often_it_is_asked_for(gate: Gate) -> None
     assert gate.enqueue(T0 + 7, "b", "f", items(0), 1000, 1, "failed") == [0, 1, 0]
     assert gate.client.hget(gate.keys.batch("b"), "completed") == b"2"
     assert gate.enqueue(T0 + 8, "b", "f", items(0), 1000, 2, "completed") == [1, 0, 0]
+
+
+def test_a_retry_that_a_cancel_took_off_is_brought_again(gate: Gate) -> None:
+    """Neither in the queue nor done, it would belong to nobody."""
+    gate.enqueue(T0, "b", "f", items(0))
+    (job,) = read_answer(gate.sync(worker("A", 1, 1), T0 + 1)).jobs
+    gate.sync(worker("A", 2, 0, 0, Entry(job.id, job.attempt, 1, "failed", b"why")), T0 + 2)
+    assert gate.enqueue(T0 + 3, "b", "f", items(0), 1000, 1, "failed") == [1, 0, 0]
+    assert gate.cancel(T0 + 4, "b", "f", 0, 1, "waiting") == [1, 0, 0]
+    gate.client.hdel(gate.keys.batch("b"), "cancelled")
+    assert gate.enqueue(T0 + 5, "b", "f", items(0), 1000, 1, "failed") == [1, 0, 0]
+    assert gate.enqueue(T0 + 6, "b", "f", items(0), 1000, 1, "failed") == [0, 1, 0]
+    assert gate.client.hmget(gate.keys.batch("b"), "left", "failed") == [b"1", b"0"]
