@@ -198,9 +198,8 @@ def shown(found: Diagnosis) -> list[str]:
     if gate.override:
         lines.append(f"  override  {override_line(gate)}")
     if gate.paused_for_s > 0:
-        lines.append(
-            f"  paused    {gate.holds_back() if gate.paused_by else f'by the provider {gate.pause_ends()}'}"
-        )
+        by = "after refusals at the lowest level" if gate.halted else "by the provider"
+        lines.append(f"  paused    {gate.holds_back() if gate.paused_by else f'{by} {gate.pause_ends()}'}")
     if found.clock_behind_s:
         lines.append(
             f"  clock     Redis' clock stands {found.clock_behind_s:.0f} s behind: time stands still until then"

@@ -59,6 +59,8 @@ class GateView:
     override: OverrideView | None = None
     """The operator's values; `max_concurrent` and `max_per_window` above are those in force."""
     paced_for_s: float = 0.0
+    halted: bool = False
+    """Runs were refused at the lowest level, and none has succeeded since: the fleet pauses by itself."""
 
     def holds_back(self) -> str:
         """What keeps the next run from starting, in words; '' if nothing does."""
@@ -68,7 +70,12 @@ class GateView:
             return f"cold start: admits again in {self.closed_for_s:.0f} s"
         if self.paused_for_s > 0:
             until = time.strftime("%H:%M:%S", time.localtime(time.time() + self.paused_for_s))
-            return f"pause asked for by the provider, {self.paused_for_s:.0f} s more, until {until}"
+            why = (
+                "pause after refusals at the lowest level"
+                if self.halted
+                else "pause asked for by the provider"
+            )
+            return f"{why}, {self.paused_for_s:.0f} s more, until {until}"
         if not self.alive:
             return ""
         if self.max_per_window and self.used >= self.max_per_window:
@@ -148,6 +155,7 @@ async def read_gate(client: Redis, name: str) -> GateView | None:
         paused_by=paused_by,
         paused_until=paused_until / 1e6 if now < paused_until < FOREVER_US else None,
         override=_override_view(override),
+        halted=state.get("halt", 0) > 0,
     )
 
 

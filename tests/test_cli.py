@@ -685,6 +685,7 @@ def gate(**values: Any) -> GateView:
         (2, gate(used=60, next_start_s=12.34), "window: 60 of 60 starts in 60 s, next in 12.3 s"),
         (2, gate(in_use=5), "level: 5 of 5 at a time"),
         (2, gate(paused_for_s=30.0), "pause asked for by the provider, 30 s more"),
+        (2, gate(paused_for_s=4.0, halted=True), "pause after refusals at the lowest level, 4 s more"),
         (2, gate(closed_for_s=9.0), "cold start: admits again in 9 s"),
         (0, gate(), "no worker serves users:flow"),
         (2, gate(in_use=1), "as fast as the workers go"),
