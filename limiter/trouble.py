@@ -51,6 +51,7 @@ BY_CODE = {
 def words(error: BaseException) -> str:
     """What is wrong, and the mend, as the end of a sentence that begins with 'Redis'.
 
+    >>> from redis import ResponseError
     >>> words(ResponseError("MISCONF Redis is configured to save RDB snapshots, but it is ..."))
     'cannot write its data to disk: free space there, or see its log'
     >>> words(ConnectionRefusedError(111, "refused"))
