@@ -30,6 +30,7 @@ class Calls:
 
     Attributes:
         answer: the gate's last answer, None before the first.
+        blocked: whether the gate refuses us, and has said when to ask again.
         joined: whether the gate knows us.
         spoke_at: when it last answered, monotonic seconds.
         cut: the gate's last cut of the level; successes admitted before it do not count.
@@ -38,6 +39,7 @@ class Calls:
 
     def __init__(self, pump: Pump) -> None:
         self.answer: Answer | None = None
+        self.blocked = False
         self.joined = False
         self.spoke_at = 0.0
         self.cut = 0
@@ -57,11 +59,6 @@ class Calls:
         self._answered_now = 0  # the gate's time in that answer, us
         self._known_waiters = 0  # waiters that the gate has heard of and not served
         self._unsure = False  # the gate did not know us, and has not yet said which claims are still ours
-
-    @property
-    def blocked(self) -> bool:
-        """Whether the gate refuses us, and has said when to ask again."""
-        return self.answer is not None and self.answer.reason in BLOCKED
 
     def begin(self, joint: Joint | None = None) -> Call:
         """The next call; it is in flight until `hear` or `unheard`. `joint`: those it asks for as well."""
@@ -171,6 +168,7 @@ class Calls:
     def _apply(self, call: Call, answer: Answer, first_sent: float, sent: float) -> list[Permit]:
         pump, slots = self._pump, self._slots
         self.answer = answer
+        self.blocked = answer.reason in BLOCKED
         if answer.status not in (OK, UNKNOWN):
             log.error("pump.stale limit=%s seq=%d", pump.name, call.seq)
             self._news.add_first(call.entries)

@@ -20,55 +20,72 @@ class Holding:
         names: of the gates.
         by: who holds them, to tell blocks apart.
         permits: of the gates, where they are permits of `limit()`.
+        outer: what the run held before.
+        active: not let go yet.
     """
 
-    __slots__ = ("active", "by", "names", "permits")
+    __slots__ = ("active", "by", "names", "outer", "permits")
 
-    def __init__(self, names: Sequence[str], by: object, permits: Sequence[Permit]) -> None:
+    def __init__(
+        self, names: Sequence[str], by: object, permits: Sequence[Permit], outer: Holding | None
+    ) -> None:
         self.names = names
         self.by = by
         self.permits = permits
+        self.outer = outer
         self.active = True
 
 
-_held: ContextVar[tuple[Holding, ...]] = ContextVar("pocketfleet_held", default=())
+_innermost: ContextVar[Holding | None] = ContextVar("pocketfleet_held", default=None)
 
 
 def hold(names: Sequence[str], by: object, permits: Sequence[Permit] = ()) -> Holding:
     """From now on the current run holds these gates."""
-    holding = Holding(names, by, permits)
-    _held.set((*_held.get(), holding))
+    holding = Holding(names, by, permits, _innermost.get())
+    _innermost.set(holding)
     return holding
 
 
 def let_go(holding: Holding) -> None:
     """It holds them no more. Any task or thread may say so."""
     holding.active = False
-    held = _held.get()
-    if held and held[-1] is holding:
-        _held.set(held[:-1])
-    elif holding in held:
-        _held.set(tuple(each for each in held if each is not holding))
+    each = _innermost.get()
+    if each is holding:
+        _innermost.set(holding.outer)
+        return
+    while each is not None:
+        if each.outer is holding:
+            each.outer = holding.outer
+            return
+        each = each.outer
 
 
 def held_by(by: object) -> Holding | None:
     """The innermost block of the current run that belongs to `by`."""
-    return next((each for each in reversed(_held.get()) if each.by is by and each.active), None)
+    each = _innermost.get()
+    while each is not None and not (each.by is by and each.active):
+        each = each.outer
+    return each
 
 
 def is_inside() -> bool:
     """Whether the current run holds any gate (or did, a moment ago)."""
-    return bool(_held.get())
+    return _innermost.get() is not None
 
 
 def held_names() -> list[str]:
     """Every gate the current run holds, the outermost first."""
-    return [name for each in _held.get() if each.active for name in each.names]
+    each, names = _innermost.get(), list[str]()
+    while each is not None:
+        if each.active:
+            names[:0] = each.names
+        each = each.outer
+    return names
 
 
 def refuse_held(names: Sequence[str]) -> None:
     """Raise `HeldAlready` if the current run holds one of these gates."""
-    if not _held.get():
+    if not is_inside():
         return
     held = held_names()
     for name in names:

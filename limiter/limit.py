@@ -38,6 +38,15 @@ def _limits(
     )
 
 
+_Part = tuple[str, int | None, int | None, str]  # name, max_concurrent, max_per_minute, pacing
+
+
+@lru_cache(maxsize=4096)
+def _one(part: _Part) -> tuple[tuple[_Part], tuple[str], tuple[Limits | str]]:
+    """Parts, names and values of a block of one gate; refuses nonsense."""
+    return (part,), (part[0],), (_limits(*part, DEFAULT_LEASE_S),)
+
+
 class limit:  # noqa: N801 - reads as a verb: async with limit("openai", ...)
     """Hold one permit of a fleet-wide limit while the block runs.
 
@@ -81,16 +90,19 @@ class limit:  # noqa: N801 - reads as a verb: async with limit("openai", ...)
         pacing: str = "burst",
         timeout_s: float | None = None,
     ) -> None:
-        numbers = (max_concurrent, max_per_minute, pacing)
+        self._parts: Sequence[_Part]
+        self.names: Sequence[str]
+        self._values: Sequence[Limits | str]
         if len(names) == 1 and isinstance(names[0], str):
-            self._parts: Sequence[tuple[str, int | None, int | None, str]] = ((names[0], *numbers),)
+            part = (names[0], max_concurrent, max_per_minute, pacing)
+            self._parts, self.names, self._values = _one(part)
         else:
-            self._parts = _parts(names, numbers)
-        self.names = tuple([part[0] for part in self._parts])
+            self._parts = _parts(names, (max_concurrent, max_per_minute, pacing))
+            self.names = tuple([part[0] for part in self._parts])
+            self._values = tuple([_limits(*part, DEFAULT_LEASE_S) for part in self._parts])
+        self._values_for = DEFAULT_LEASE_S
         self._timeout_s = timeout_s
         self._last: Holding | None = None
-        self._values_for = DEFAULT_LEASE_S
-        self._values = tuple([_limits(*part, DEFAULT_LEASE_S) for part in self._parts])  # refuses nonsense
 
     @classmethod
     def of(cls, limits: Limits) -> limit:
@@ -103,14 +115,16 @@ class limit:  # noqa: N801 - reads as a verb: async with limit("openai", ...)
     # --- in asyncio code ---------------------------------------------------------------------------
 
     async def __aenter__(self) -> Permit:
-        refuse_held(self.names)
         loop = asyncio.get_running_loop()
         process = open_already(loop)
-        if process is not None and len(self._parts) == 1 and not is_inside():  # as a rule
-            pump = process.pump(_limits(*self._parts[0], process.lease_s))
-            permits: Sequence[Permit] = (await acquire(pump, self._timeout_s),)
-        else:
+        permits: Sequence[Permit]
+        if is_inside():
+            refuse_held(self.names)
             permits = await self._acquire()
+        elif process is None or len(self.names) > 1:
+            permits = await self._acquire()
+        else:  # as a rule
+            permits = (await acquire(process.pump(self._values_of(process)[0]), self._timeout_s),)
         task = asyncio.current_task(loop)
         for permit in permits:
             permit.bind(task)
@@ -124,11 +138,13 @@ class limit:  # noqa: N801 - reads as a verb: async with limit("openai", ...)
         if holding is None or not holding.active:
             return
         let_go(holding)
-        teach(holding.permits, error is None, lesson(error))
+        teach(holding.permits, error is None, lesson(error) if error else None)
+        lost = []
         for permit in holding.permits:
             permit.bind(None)
             permit.release()
-        lost = [permit.limit for permit in holding.permits if permit.lost]
+            if permit.lost:
+                lost.append(permit.limit)
         if lost and (_was_ours(len(lost), error) or error is None):
             raise LeaseLost(lost[0]) from error
 
@@ -158,14 +174,17 @@ class limit:  # noqa: N801 - reads as a verb: async with limit("openai", ...)
 
     async def _acquire(self) -> Sequence[Permit]:
         process = open_already(asyncio.get_running_loop()) or await current_process()
-        if process.lease_s != self._values_for:
-            self._values_for = process.lease_s
-            self._values = tuple([_limits(*part, process.lease_s) for part in self._parts])
-        pumps = [process.pump(values) for values in self._values]
+        pumps = [process.pump(values) for values in self._values_of(process)]
         if is_inside():
             async with process.circles.watched(self.names):
                 return await self._admitted(process, pumps)
         return await self._admitted(process, pumps)
+
+    def _values_of(self, process: Process) -> Sequence[Limits | str]:
+        if process.lease_s != self._values_for:
+            self._values_for = process.lease_s
+            self._values = tuple([_limits(*part, process.lease_s) for part in self._parts])
+        return self._values
 
     async def _admitted(self, process: Process, pumps: Sequence[Pump]) -> Sequence[Permit]:
         if len(pumps) == 1:
@@ -173,9 +192,7 @@ class limit:  # noqa: N801 - reads as a verb: async with limit("openai", ...)
         return await acquire_together(process, pumps, self._timeout_s)
 
 
-def _parts(
-    names: Sequence[str | limit], numbers: tuple[int | None, int | None, str]
-) -> list[tuple[str, int | None, int | None, str]]:
+def _parts(names: Sequence[str | limit], numbers: tuple[int | None, int | None, str]) -> list[_Part]:
     """Name and numbers of each gate, in order of their names; the same name may not come twice."""
     shown = ", ".join(repr(name.names[0] if isinstance(name, limit) else name) for name in names)
     if not names:
@@ -193,7 +210,7 @@ def _parts(
     return sorted(found, key=lambda part: part[0])
 
 
-def _of(name: str | limit) -> Sequence[tuple[str, int | None, int | None, str]]:
+def _of(name: str | limit) -> Sequence[_Part]:
     return name._parts if isinstance(name, limit) else ((checked_name(name), None, None, "burst"),)
 
 
