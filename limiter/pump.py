@@ -204,7 +204,9 @@ class Pump:
         """Call whenever something changed or the gate said so; leave when closed or cancelled."""
         try:
             while not (self.closing and not self.news):
-                await self.alarm.sleep(for_ever=not (self.calls.joined or self.wanted))
+                if not self.calls.pressing:
+                    await self.alarm.sleep(for_ever=not (self.calls.joined or self.wanted))
+                self.calls.pressing = False
                 if self.closing and not self.calls.joined and not self.news:
                     return
                 joint = self._next_joint()

@@ -441,3 +441,43 @@ def test_a_pump_cancelled_in_the_middle_of_a_call_sends_its_outcomes_once_more()
         return sent
 
     assert asyncio.run(go()) == [[], ["{l}:b:0"], ["{l}:b:0"]]
+
+
+def test_one_half_of_a_crowd_runs_while_the_other_half_is_asked_for() -> None:
+    async def go() -> tuple[list[int], list[int]]:
+        clients = [fakeredis.FakeAsyncRedis(server=fakeredis.FakeServer(version=(7,))) for _ in range(2)]
+        process = Process(*clients, lease_s=LEASE_S)
+        pump = Pump(process, Limits("l", 1000))
+        asked: list[int] = []
+        running_then: list[int] = []
+        answer = pump._line.call
+        blocks = 0
+
+        async def call(keys: Any, args: list[Any]) -> Any:
+            asked.append(args[4])
+            began = blocks
+            reply = await answer(keys, args)
+            await asyncio.sleep(0.01)
+            running_then.append(blocks - began)
+            return reply
+
+        async def block() -> None:
+            nonlocal blocks
+            permit = await acquire(pump)
+            blocks += 1
+            permit.release()
+
+        pump._line.call = call  # type: ignore[method-assign]
+        waiting = [asyncio.create_task(block()) for _ in range(64)]
+        await asyncio.sleep(0)
+        serving = asyncio.create_task(pump.serve())
+        await asyncio.gather(*waiting)
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        for client in clients:
+            await client.aclose()
+        return asked, running_then
+
+    asked, running_then = asyncio.run(go())
+    assert asked[:2] == [32, 32]
+    assert running_then[:2] == [0, 32]  # those of the first answer, during the second call

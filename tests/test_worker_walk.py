@@ -32,7 +32,7 @@ from pocketflow import (
 )
 
 from worker.threads import RunThread
-from worker.walk import NodeStep, walk, way_to
+from worker.walk import NodeStep, copied, walk, way_to
 
 Timings = list[tuple[str, float]]
 SEEN: ContextVar[int] = ContextVar("SEEN", default=0)
@@ -506,3 +506,41 @@ async def test_sync_parts_of_one_run_share_one_thread_that_is_not_the_loops() ->
 @in_a_loop
 async def test_flow_without_a_start_node_ends_at_once() -> None:
     assert await inline(AsyncFlow(), {}, {}) is None
+
+
+class Plain(AsyncNode):
+    pass
+
+
+class CopiesItself(AsyncNode):
+    def __copy__(self) -> CopiesItself:
+        fresh = CopiesItself()
+        fresh.__dict__.update(self.__dict__, mark="copied by itself")
+        return fresh
+
+
+class LeavesOut(AsyncNode):
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "client"}
+
+
+class Slotted(AsyncNode):
+    __slots__ = ("client",)
+
+
+class Reduced(AsyncNode):
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Reduced, (), {"client": "reduced"}
+
+
+@pytest.mark.parametrize("kind", [Plain, CopiesItself, LeavesOut, Slotted, Reduced])
+def test_a_node_is_copied_as_pocketflow_copies_it(kind: type[AsyncNode]) -> None:
+    def seen(node: Any) -> Any:
+        return type(node), node.__dict__, getattr(node, "client", None)
+
+    node: Any = kind()
+    node.client = ["open"]
+    fresh, expected = copied(node), copy.copy(node)
+    assert fresh is not node
+    assert seen(fresh) == seen(expected)
+    assert getattr(fresh, "client", None) is getattr(expected, "client", None) or kind is Reduced
