@@ -9,11 +9,13 @@ from time import monotonic
 from types import TracebackType
 
 from limiter import background
+from limiter.current import current_process
 from limiter.errors import LeaseLost, LimitsError
 from limiter.held import Holding, held_by, hold, is_inside, let_go, refuse_held
 from limiter.limits import Limits, checked_name, checked_pacing
+from limiter.loops import open_already
 from limiter.permit import Permit, acquire
-from limiter.process import Process, current_process, open_already
+from limiter.process import Process
 from limiter.pump import Pump
 from limiter.refusal import RateLimitHit, hit_of, mark_fed
 from limiter.together import acquire_together

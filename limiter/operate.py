@@ -26,7 +26,7 @@ from limiter.errors import LimitsError
 from limiter.events import Event, read_events
 from limiter.holders import Holder, read_holders
 from limiter.limits import checked_count, checked_float, checked_name
-from limiter.process import open_already
+from limiter.loops import open_already
 from limiter.settings import FleetSettings, load
 from limiter.view import GateView, known_limits, read_gate
 

@@ -9,9 +9,7 @@ import os
 import re
 import socket
 import uuid
-import weakref
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import fields
 from time import monotonic
 from typing import Any
 
@@ -21,14 +19,12 @@ from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 
 from limiter.circle import Circles
 from limiter.client import ANSWER_S, open_client, open_pubsub_client, open_sync_client
-from limiter.connect import find_redis
 from limiter.control import may_be_poison
-from limiter.errors import LimitsError
 from limiter.limits import Limits
 from limiter.line import Line
+from limiter.loops import refuse_other_values, two_values
 from limiter.pump import Pump
 from limiter.renewal import Renewal
-from limiter.settings import FleetSettings, load
 from limiter.sync import Abort, Grant
 from limiter.together import Joint
 from limiter.trouble import Trouble
@@ -87,13 +83,13 @@ class Process:
         pump = self.pumps.get(name)
         if pump is None:
             if isinstance(limits, Limits):
-                _refuse_other_values(self, limits)
+                refuse_other_values(self, limits)
             pump = self.pumps[name] = Pump(self, limits)
             self._tasks.append(asyncio.create_task(pump.serve(), name=f"pocketfleet-pump-{name}"))
         elif pump.limits is not limits and isinstance(limits, Limits) and pump.limits != limits:
             if pump.limits is not None:
-                raise _two_values(pump.limits, limits)
-            _refuse_other_values(self, limits)
+                raise two_values(pump.limits, limits)
+            refuse_other_values(self, limits)
             pump.adopt(limits)
         return pump
 
@@ -201,35 +197,6 @@ class Process:
             await self.client.connection_pool.disconnect(inuse_connections=False)
 
 
-def _two_values(one: Limits, other: Limits) -> LimitsError:
-    """Names what differs as it is typed for `limit()`."""
-    differs = [each.name for each in fields(Limits) if getattr(one, each.name) != getattr(other, each.name)]
-
-    def shown(limits: Limits) -> str:
-        return ", ".join(f"{TYPED.get(key, key)}={getattr(limits, key)}" for key in differs)
-
-    return LimitsError(
-        f"limit '{one.name}' is used with two different values in this process: {shown(one)} and "
-        f"{shown(other)}; use one",
-        key="limit",
-        value=one.name,
-    )
-
-
-TYPED = {"max_per_window": "max_per_minute"}
-
-
-def _refuse_other_values(process: Process, limits: Limits) -> None:
-    """The loops of one process must agree too, that of `with limit()` among them."""
-    for loop, opening in list(_of_loop.items()):
-        if loop.is_closed() or not opening.done() or opening.cancelled() or opening.exception():
-            continue
-        pump = opening.result().pumps.get(limits.name)
-        if opening.result() is not process and pump and pump.limits not in (None, limits):
-            assert pump.limits is not None
-            raise _two_values(pump.limits, limits)
-
-
 async def open_process(url: str, *, lease_s: float = 15.0, stall_limit_s: float = 300.0) -> Process:
     """A process at the Redis behind `url`, with its renewal thread running."""
     process = Process(
@@ -241,77 +208,3 @@ async def open_process(url: str, *, lease_s: float = 15.0, stall_limit_s: float 
     )
     await process.start()
     return process
-
-
-_of_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Future[Process]] = (
-    weakref.WeakKeyDictionary()
-)
-_recent: tuple[asyncio.AbstractEventLoop, Process] | None = None  # what `open_already` last found
-
-
-def _forget_all() -> None:
-    global _recent
-    _of_loop.clear()
-    _recent = None
-
-
-os.register_at_fork(after_in_child=_forget_all)
-
-
-async def current_process(settings: FleetSettings | None = None) -> Process:
-    """The process of the running loop, opened at its first use and closed with the loop.
-
-    Joins the Redis of POCKETFLEET_REDIS_URL, or the embedded server, which it starts if none answers.
-    """
-    loop = asyncio.get_running_loop()
-    opening = _of_loop.get(loop)
-    if opening is None:
-        opening = loop.create_task(_open_default(settings or load(FleetSettings)))
-        _of_loop[loop] = opening
-        opening.add_done_callback(lambda task: _forget_failed(loop, task))
-    return await asyncio.shield(opening)
-
-
-def adopt(process: Process) -> None:
-    """Make it the process of the running loop, unless that has one: `limit()` then shares its pumps."""
-    loop = asyncio.get_running_loop()
-    if loop not in _of_loop:
-        opened: asyncio.Future[Process] = loop.create_future()
-        opened.set_result(process)
-        _of_loop[loop] = opened
-        process.on_close(lambda: _of_loop.pop(loop, None))
-
-
-def open_already(loop: asyncio.AbstractEventLoop) -> Process | None:
-    """The process of the running `loop` if it is open: what `current_process` gives, without a wait."""
-    global _recent
-    recent = _recent
-    if recent is not None and recent[0] is loop and not recent[1].closed:
-        return recent[1]
-    opening = _of_loop.get(loop)
-    if opening is None or not opening.done() or opening.cancelled() or opening.exception() is not None:
-        return None
-    _recent = (loop, opening.result())
-    return opening.result()
-
-
-def _forget_failed(loop: asyncio.AbstractEventLoop, task: asyncio.Future[Process]) -> None:
-    if task.cancelled() or task.exception() is not None:
-        _of_loop.pop(loop, None)
-
-
-async def _open_default(settings: FleetSettings) -> Process:
-    place = await asyncio.to_thread(find_redis, settings, start=True)
-    process = await open_process(place.url, lease_s=settings.lease_s, stall_limit_s=settings.stall_limit_s)
-    process.on_close(place.close)
-    guard = asyncio.create_task(_close_with_loop(process), name="pocketfleet-guard")
-    process.keep(guard)
-    return process
-
-
-async def _close_with_loop(process: Process) -> None:
-    """`asyncio.run` cancels every task at its end: that is the moment to give everything back."""
-    try:
-        await asyncio.Event().wait()
-    finally:
-        await process.close()

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from pocketflow import AsyncParallelBatchFlow
 
+from limiter.current import current_process
 from limiter.errors import LimitsError
 from limiter.held import refuse_held
 from limiter.limits import Limits, checked_count, checked_float, checked_name, checked_pacing
-from limiter.process import current_process
 from limiter.pump import Pump
 from limiter.refusal import Hook
 from producer.errors import FlowFailed, ProducerError

@@ -17,10 +17,10 @@ import pytest
 import redis
 
 from limiter import background, circle
+from limiter.current import current_process
 from limiter.errors import AdmissionTimeout, HeldAlready, LeaseLost, LimitsError, WaitCircle
 from limiter.keys import GateKeys
 from limiter.limit import limit
-from limiter.process import current_process
 from limiter.refusal import RateLimitHit
 from tests import fleet
 from tests.fleet import until

@@ -16,12 +16,13 @@ import fakeredis
 import pytest
 import redis
 
+from limiter.current import current_process
 from limiter.errors import AdmissionTimeout, LeaseLost, LimitsError
 from limiter.keys import GateKeys
 from limiter.limit import limit
 from limiter.limits import Limits
 from limiter.permit import acquire
-from limiter.process import Process, current_process
+from limiter.process import Process
 from limiter.pump import Pump
 from limiter.sync import Entry
 from tests import fleet, servers

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import redis
 
+from limiter.current import current_process
 from limiter.errors import AdmissionTimeout, LeaseLost, LimitsError
 from limiter.keys import GateKeys
 from limiter.limit import limit
 from limiter.limits import Limits
 from limiter.permit import Permit, acquire
-from limiter.process import Process, current_process, open_process
+from limiter.process import Process, open_process
 from limiter.together import acquire_together
 from tests import fleet, servers
 from tests.fleet import until

@@ -19,7 +19,8 @@ from limiter.client import checked_connection, open_retrying_client
 from limiter.connect import Place, find_redis
 from limiter.errors import LimiterError, RedisRefused
 from limiter.keys import ROOT, wake_channel
-from limiter.process import Process, adopt, open_process
+from limiter.loops import adopt
+from limiter.process import Process, open_process
 from limiter.settings import load
 from worker import output
 from worker.client import arq_settings

@@ -8,9 +8,9 @@ from typing import Any
 
 from pocketflow import AsyncNode, AsyncParallelBatchNode
 
+from limiter.current import current_process
 from limiter.limit import limit as block
 from limiter.limits import Limits, checked_count, checked_name, checked_pacing
-from limiter.process import current_process
 from worker.keywords import set_keywords
 
 
