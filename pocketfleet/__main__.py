@@ -66,7 +66,9 @@ def _explain_usage(error: Exception) -> NoReturn:
 
 
 def _end(sentence: str, code: int) -> NoReturn:
-    print(f"{NAME}: {sentence}", file=sys.stderr)
+    from limiter.printable import plain
+
+    print(plain(f"{NAME}: {sentence}"), file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from limiter.printable import plain
 from producer.errors import ProducerError, WorkersError
 from worker.lifeline import VARIABLE
 
@@ -21,9 +22,9 @@ START_S = 60.0
 class LocalWorkers:
     """`count` worker processes of one target on this host.
 
-    Their output goes to `logs/worker-<n>.log` and, line by line, to `say`: what nodes print for an item
-    of `batch` as `[item 7] ...`. They hold the reading end of a pipe: when this process ends, however it
-    ends, they hand back what runs and leave.
+    Their output goes to `logs/worker-<n>.log` as it comes and, line by line and without what a terminal
+    would obey, to `say`: what nodes print for an item of `batch` as `[item 7] ...`. They hold the reading
+    end of a pipe: when this process ends, however it ends, they hand back what runs and leave.
 
     Attributes:
         failed: why they cannot go on, once they cannot.
@@ -133,7 +134,7 @@ class LocalWorkers:
         return await process.wait()
 
     def _hear(self, number: int, line: bytes) -> None:
-        text = line.decode(errors="replace").rstrip("\r\n")
+        text = plain(line.decode(errors="replace").rstrip("\r\n"))
         self._last[number] = text or self._last.get(number, "")
         if text.startswith(UNSAID):
             return

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from limiter.printable import plain
 from limiter.view import GateView, read_gate
 from producer.debugger import prompting
 from worker.presence import living_workers
@@ -74,11 +75,11 @@ class Progress:
         return self.completed + self.failed
 
     def say(self, text: str) -> None:
-        """A line above the progress line."""
+        """A line above the progress line, without what a terminal would obey."""
         if self._live is not None:
-            self._console.print(Text.from_ansi(text))
+            self._console.print(Text(plain(text)))
         else:
-            print(text, file=sys.stderr, flush=True)
+            print(plain(text), file=sys.stderr, flush=True)
 
     def count(self, completed: bool) -> None:
         self._working_since = self._working_since or time.monotonic()

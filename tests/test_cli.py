@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_S = 60.0
 
 USERS = """
-import asyncio, logging
+import asyncio, logging, os
 from pathlib import Path
 from pocketflow import AsyncNode, Node
 from pocketfleet import ThrottledAsyncParallelBatchFlow
@@ -53,6 +53,14 @@ class Fetch(AsyncNode):
 class Store(Node):
     def post(self, shared, prep_res, exec_res):
         return "done"
+
+
+class Paint(AsyncNode):
+    async def exec_async(self, _):
+        print("\\x1b[2J\\x1b[31mred\\x1b[0m\\tand\\x07 [item 7] 10%\\r\\x1b]0;title\\x1b\\\\ 90%\\ttab\\r")
+        logging.getLogger("mine").warning("log\\x1b[1A up")
+        os.write(1, b"past python \\x1b[5Aup\\n")
+        raise ValueError("bad\\x1b[2J")
 
 
 class Stop(AsyncNode):
@@ -98,6 +106,7 @@ fetch - "store" >> Store()
 flow = Users(start=fetch, max_concurrent_flows=3)
 unlucky = Unlucky(start=fetch)
 closed = Closed(start=fetch)
+paint = Users(start=Paint())
 stop = Users(start=Stop())
 stop_in_thread = Users(start=StopInThread())
 count = Users(start=Count())
@@ -418,6 +427,20 @@ def test_on_a_terminal_the_progress_is_one_line_below_what_nodes_print(folder: F
     assert [line for line in pictures if "9/9" in line]
     assert "[item 8] fetching 8" in plain
     assert seen.rindex("\x1b[?25h") > seen.rindex("\x1b[?25l")  # the cursor is back
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_nodes_print_cannot_command_the_terminal(workers: int, folder: Folder) -> None:
+    done = folder.type(f"pocketfleet run users:paint --set 'user_ids=[1]' --workers {workers}")
+    said = done.stdout + done.stderr
+    if workers == 0:  # nobody reads along what goes to the terminal past Python
+        said = said.replace("past python \x1b[5Aup", "")
+    else:
+        assert "[worker 1] past python up" in said
+    assert "[item 0]  90%\ttab\n" in said
+    assert "WARNING mine log up" in said
+    assert "ValueError: bad" in said
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", said), repr(said)
 
 
 def _all_of(leader: int) -> str:

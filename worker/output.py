@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable
 from typing import Any, TextIO
 
-from limiter.printable import printable
+from limiter.printable import plain, printable
 from worker.run import item
 
 
@@ -17,7 +17,7 @@ class ItemPrefix:
     """A text stream that puts `[batch:index] ` in front of each line written during a run.
 
     Runs write at the same time, so a line goes out when it is whole, or when it is flushed. Lines of
-    `batch` are marked `[item index] `.
+    `batch` are marked `[item index] `. What a terminal would obey (colours too) goes out of none.
     """
 
     def __init__(self, stream: TextIO, batch: str = "") -> None:
@@ -29,14 +29,14 @@ class ItemPrefix:
     def write(self, text: str) -> int:
         tag = item.get()
         if not tag:
-            self._put(text)
+            self._put(plain(text))
             return len(text)
         with self._turn:
             held, begun = self._begun.pop(tag, ("", False))
             *lines, rest = (held + text).split("\n")
             marks = ["" if begun else self._mark(tag)] + [self._mark(tag)] * (len(lines) - 1)
             if lines:
-                self._put("".join(f"{mark}{line}\n" for mark, line in zip(marks, lines, strict=True)))
+                self._put("".join(f"{mark}{plain(line)}\n" for mark, line in zip(marks, lines, strict=True)))
                 self._put_out()
                 begun = False
             if rest or begun:
@@ -54,7 +54,7 @@ class ItemPrefix:
             for each in [tag] if tag else list(self._begun):
                 held, begun = self._begun.pop(each, ("", False))
                 if held:
-                    self._put(held if begun else self._mark(each) + held)
+                    self._put(("" if begun else self._mark(each)) + plain(held))
                 if tag and (held or begun):
                     self._begun[each] = "", True
             self._put_out()

@@ -20,6 +20,7 @@ from pocketflow import BaseNode, Flow
 
 from limiter.errors import LimitsError
 from limiter.limits import Limits
+from limiter.printable import printable
 from limiter.refusal import recognised
 from worker.contract import FOUND_NAME, FleetFlow
 from worker.errors import TargetError
@@ -221,8 +222,8 @@ def _near_file(target: str) -> str:
 
 def said(error: BaseException) -> str:
     """What users' code raised and where, such as `KeyError: 'user_ids' (users.py, line 27)`."""
-    text = " ".join(str(error).split())
-    shown = f"{type(error).__name__}: {text:.300}" if text else type(error).__name__
+    text = printable(" ".join(str(error).split()), 300)
+    shown = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return shown if isinstance(error, SyntaxError) else shown + _place(error)
 
 
