@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import typing
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -12,11 +13,12 @@ from typing import Any, TypeVar, overload
 import annotated_types
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as UnreadableSetting
 
 from limiter.address import PREFIX, URL_NAME, checked_address
 from limiter.errors import SettingsError
+from limiter.unread import tell_once
 
 S = TypeVar("S", bound="FleetSettings")
 
@@ -74,10 +76,13 @@ def load(cls: type[S]) -> S: ...
 def load(cls: type[Any] = FleetSettings) -> Any:
     """The settings of `cls` from the environment, else from `.env` in the current directory.
 
+    A variable that begins like a setting and is none is told once, on standard error.
+
     Raises:
         SettingsError: something does not hold; one sentence, without the value of a secret.
     """
     try:
+        tell_once([*os.environ, *DotEnvSettingsSource(cls).env_vars], cls.model_fields)
         return cls()
     except ValidationError as error:
         wrong = [_wrong(cls, each) for each in error.errors(include_url=False)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import pytest
 from pydantic import Field
 from redis.asyncio.connection import parse_url
 
+from limiter import unread
 from limiter.address import checked_address, redacted
 from limiter.connect import find_redis
 from limiter.errors import RedisRefused, SettingsError
 from limiter.settings import FleetSettings, checked_url, load, settings_table
+from producer.settings import ProducerSettings
+from worker.lifeline import VARIABLE
 
 SECRET = "canary-7"
 
@@ -76,6 +80,54 @@ def test_unreadable_env_file_is_one_sentence() -> None:
     Path(".env").write_bytes(b"POCKETFLEET_LEASE_S=\xff\n")
     with pytest.raises(SettingsError, match=r"^\.env cannot be read \(not UTF-8 text\)"):
         load()
+
+
+@pytest.fixture
+def untold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unread, "_told", False)
+
+
+@pytest.mark.usefixtures("untold")
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("POCKETFLEET_REDIS_UR", "is no setting and is not read: did you mean POCKETFLEET_REDIS_URL?"),
+        ("pocketfleet_max_job", "did you mean POCKETFLEET_MAX_JOBS?"),
+        ("POCKETFLEET_COLOUR", "is no setting and is not read: see the README's table"),
+    ],
+)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_mistyped_name_is_told_once_without_its_value(
+    name: str, says: str, in_file: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if in_file:
+        Path(".env").write_text(f"{name}={SECRET}\n")
+    else:
+        monkeypatch.setenv(name, SECRET)
+    load()
+    load()
+    told = capsys.readouterr().err
+    assert told.startswith(f"pocketfleet: {name.upper()} ") and says in told
+    assert told.count("\n") == 1 and SECRET not in told
+
+
+@pytest.mark.usefixtures("untold")
+def test_every_setting_and_our_own_words_to_processes_are_known(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    above = set(ProducerSettings.model_fields) - set(FleetSettings.model_fields)
+    assert {name.lower() for name in unread.ABOVE} == above
+    for name, value in {
+        **{variable: "1" for variable, _, _ in settings_table(ProducerSettings)},
+        VARIABLE: "7",
+        "POCKETFLEET_REDIS_PORT": "tcp://10.0.0.1:6379",
+        "POCKETFLEET_REDIS_SERVICE_HOST": "10.0.0.1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    for cls in (FleetSettings, ProducerSettings):
+        with contextlib.suppress(SettingsError):  # "1" is no value of each
+            load(cls)
+    assert capsys.readouterr().err == ""
 
 
 def test_no_repr_shows_the_url(monkeypatch: pytest.MonkeyPatch) -> None:
