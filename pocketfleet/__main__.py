@@ -81,11 +81,19 @@ def _app() -> typer.Typer:
     from worker.commands import worker, workers
 
     app = typer.Typer(
-        help="One limit, many worker processes, for PocketFlow's batch flows.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
     )
+
+    @app.callback()
+    def options(
+        version: bool = typer.Option(
+            False, "--version", is_eager=True, callback=_print_version, help="Print the version and end"
+        ),
+    ) -> None:
+        """One limit, many worker processes, for PocketFlow's batch flows."""
+
     app.command()(run)
     app.command()(worker)
     app.command()(enqueue)
@@ -94,6 +102,14 @@ def _app() -> typer.Typer:
     app.add_typer(limits, name="limits")
     app.command()(workers)
     return app
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from worker.presence import our_version
+
+        print(NAME, our_version())
+        raise SystemExit(0)
 
 
 if __name__ == "__main__":

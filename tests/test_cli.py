@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -625,7 +626,7 @@ main()
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("", ["run", "worker", "enqueue", "plan", "batch", "limits", "workers"]),
+        ("", ["--version", "run", "worker", "enqueue", "plan", "batch", "limits", "workers"]),
         (
             "run",
             [
@@ -670,6 +671,12 @@ def test_each_help_names_every_option(
     assert end.value.code == 0
     assert f"Usage: pocketfleet {line}".rstrip() in shown
     assert all(word in shown for word in words), shown
+
+
+def test_the_version_is_the_one_that_is_installed(folder: Folder) -> None:
+    done = folder.ask("pocketfleet --version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"pocketfleet {version('pocketfleet')}\n"
 
 
 def test_importing_pocketfleet_waits_for_no_room(tmp_path: Path) -> None:
