@@ -7,10 +7,12 @@ size, which the next run cuts off and writes again: neither a half nor a second 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
+import shlex
 import struct
 import zlib
 from pathlib import Path
@@ -65,7 +67,6 @@ class LineFile:
         self._csv = is_csv(path)
         place, size = self._known()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = open_at(path, size)
         except OSError as error:
             raise _unwritable(path, error) from None
@@ -157,13 +158,16 @@ def own_output(data_dir: Path, batch: str) -> Path:
 def check_output(path: Path, data_dir: Path, batch: str) -> None:
     """Refuse a path that could not be written, or a file with content that this batch has not written.
 
-    To be asked before anything is enqueued; what stands there stays.
+    To be asked before anything is enqueued; what stands there stays, and no folder is made.
 
     Raises:
         InputError: names the path and why.
     """
+    if own := path == own_output(data_dir, batch):
+        with contextlib.suppress(OSError):  # said below
+            path.parent.mkdir(parents=True, exist_ok=True)
     _check_writable(path)
-    if not path.is_file() or not path.stat().st_size or path == own_output(data_dir, batch):
+    if own or not path.is_file() or not path.stat().st_size:
         return
     if _known(path, batch_dir(data_dir, batch)) is None:
         raise InputError(
@@ -173,14 +177,23 @@ def check_output(path: Path, data_dir: Path, batch: str) -> None:
 
 
 def _check_writable(path: Path) -> None:
-    new = not os.path.exists(path)  # Path.exists may raise
+    real = Path(os.path.realpath(path))  # the file that a link leads to may be new
+    new = not os.path.exists(real)  # Path.exists may raise
+    if new and not os.path.lexists(real.parent):
+        folder = path.parent
+        raise InputError(
+            f"--output {path} cannot be written: there is no folder {folder}; make it first (mkdir -p "
+            f"{shlex.quote(str(folder))})",
+            source=str(path),
+        )
+    if not new and not os.path.isfile(real) and not os.path.isdir(real):
+        raise InputError(f"--output {path} is a device or a pipe: name a file", source=str(path))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("ab").close()
+        real.open("ab").close()
     except OSError as error:
         raise _unwritable(path, error) from None
     if new:
-        path.unlink()
+        real.unlink()
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:

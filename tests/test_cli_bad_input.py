@@ -215,6 +215,16 @@ TABLE = [
     Case(f"run users:flow {GIVEN} {GIVEN}", "'user_ids' is set twice; keep one$"),
     Case("run users:flow --set user_ids=[NaN]", "NaN is not a finite number; use null or text$"),
     Case(f"run users:flow {GIVEN} --output users.py/x", "^--output users.py/x cannot be written: "),
+    Case(
+        f"run users:flow {GIVEN} --output results/deep/x.csv",
+        r"^--output results/deep/x\.csv cannot be written: there is no folder results/deep; make it first "
+        r"\(mkdir -p results/deep\)$",
+    ),
+    Case(f"run users:flow {GIVEN} --output .", r"^--output \. cannot be written: Is a directory$"),
+    Case(
+        f"run users:flow {GIVEN} --output /dev/null",
+        "^--output /dev/null is a device or a pipe: name a file$",
+    ),
     # the words of the command line
     Case("wrun", r"^No such command 'wrun'\. Did you mean 'run'\? \(see pocketfleet --help\)$"),
     Case("run", r"^Missing argument 'TARGET' \(see pocketfleet run --help\)$"),
