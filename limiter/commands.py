@@ -78,17 +78,17 @@ def set_(
     if max_per_minute is not None:
         values["max_per_minute"] = None if max_per_minute == "none" else _count(max_per_minute)
 
-    async def act() -> tuple[Change, GateView]:
+    async def act() -> tuple[Change, GateView, str]:
         change = await live.set(name, **values, by=by)
-        return change, (await live.show(name))[0]
+        return change, (await live.show(name))[0], await _meant(name, change)
 
-    change, view = asyncio.run(act())
+    change, view, meant = asyncio.run(act())
     lines = [f"{view.name}: {_values(change)}, until: pocketfleet limits clear {view.name}"]
     if change.alive and view.in_use > change.max_concurrent:
         lines.append(
             f"{view.in_use} are in use: nothing starts until enough have ended; nothing is interrupted"
         )
-    _say(change, lines, as_json)
+    _say(change, lines, as_json, meant)
 
 
 @limits.command()
@@ -114,12 +114,12 @@ def pause(
 
     for_s = None if duration is None else _seconds(duration)
 
-    async def act() -> tuple[Change, GateView]:
+    async def act() -> tuple[Change, GateView, str]:
         change = await live.pause(name, for_s, by=by)
-        return change, (await live.show(name))[0]
+        return change, (await live.show(name))[0], await _meant(name, change)
 
-    change, view = asyncio.run(act())
-    _say(change, [f"{view.name}: {view.holds_back()}; {view.in_use} in use go on"], as_json)
+    change, view, meant = asyncio.run(act())
+    _say(change, [f"{view.name}: {view.holds_back()}; {view.in_use} in use go on"], as_json, meant)
 
 
 @limits.command()
@@ -212,9 +212,19 @@ def _values(change: Change) -> str:
     return f"{change.max_concurrent} at a time (was {before}), {rate} (was {was})"
 
 
-def _say(change: Change, lines: list[str], as_json: bool) -> None:
+async def _meant(name: str, change: Change) -> str:
+    """The limit in use that a name nobody uses looks like, as a question."""
+    from limiter.operate import did_you_mean
+    from limiter.operate import limits as live
+
+    if change.alive:
+        return ""
+    return did_you_mean(_shown(name), [view.name for view in await live.show() if view.alive])
+
+
+def _say(change: Change, lines: list[str], as_json: bool, meant: str = "") -> None:
     if not change.alive:
-        lines.append("no process uses it now; it is kept and holds when one comes")
+        lines.append(f"no process uses it now; it is kept and holds when one comes{meant}")
     if as_json:
         _print_json(_plain(change))
     else:

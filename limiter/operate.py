@@ -12,7 +12,8 @@ and no start forgotten. Names of flows may be written with their `:`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import difflib
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
 from redis.asyncio import Redis
@@ -29,6 +30,9 @@ from limiter.limits import checked_count, checked_float, checked_name
 from limiter.loops import open_already
 from limiter.settings import FleetSettings, load
 from limiter.view import GateView, known_limits, read_gate
+
+MOST_NAMED = 20
+"""Limits that a sentence names at most."""
 
 
 class LiveLimits:
@@ -142,9 +146,23 @@ def limit_name(name: str) -> str:
 async def _known(client: Redis, limit: str) -> GateView:
     view = await read_gate(client, limit)
     if view is None:
-        known = ", ".join(await known_limits(client)) or "none"
-        raise LimitsError(f"limit '{limit}' is not known here (known: {known})", key="limit", value=limit)
+        names = await known_limits(client)
+        known = ", ".join(names[:MOST_NAMED]) + (" …" if len(names) > MOST_NAMED else "")
+        raise LimitsError(
+            f"limit '{limit}' is not known here{did_you_mean(limit, names)} (known: {known or 'none'})",
+            key="limit",
+            value=limit,
+        )
     return view
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """
+    >>> did_you_mean("opnai", ["openai", "users.flow"]), did_you_mean("zzz", ["openai"])
+    ("; did you mean 'openai'?", '')
+    """
+    close = difflib.get_close_matches(name, [each for each in names if each != name], 1, 0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 @asynccontextmanager

@@ -535,11 +535,34 @@ def test_workers_and_limits_are_shown_while_a_worker_lives(shared_folder: Folder
         assert "users.unlucky" not in one.stdout
         put = shared_folder.ask("pocketfleet enqueue users:flow --set 'user_ids=[1]' --batch b")
         assert "no worker serves" not in put.stderr
+        mistyped = shared_folder.ask("pocketfleet limits clear users:folw")
+        assert mistyped.returncode == 2
+        assert mistyped.stderr.startswith(
+            "pocketfleet: limit 'users.folw' is not known here; did you mean 'users.flow'? (known: "
+        )
+        mistyped = shared_folder.ask("pocketfleet limits pause users.flwo --for 1s")
+        assert mistyped.returncode == 0
+        assert mistyped.stdout.endswith(
+            "no process uses it now; it is kept and holds when one comes; did you mean 'users.flow'?\n"
+        )
     finally:
         worker.terminate()
         said, _ = worker.communicate(timeout=PATIENCE_S)
     assert worker.returncode == 0, said
     assert shared_folder.ask("pocketfleet workers --check").returncode == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody is judged by its process id")
+def test_a_worker_that_was_killed_does_not_pass_for_a_living_one(shared_folder: Folder) -> None:
+    worker = shared_folder.start("pocketfleet worker users:flow")
+    until(lambda: shared_folder.ask("pocketfleet workers --check").returncode == 0, "no worker lives")
+    worker.kill()
+    # not waited for: what is left of it still has its id
+    until(lambda: Path(f"/proc/{worker.pid}/stat").read_text().split()[2] == "Z", "it ends")
+    assert shared_folder.ask("pocketfleet workers --check").returncode == 1
+    worker.communicate(timeout=PATIENCE_S)
+    assert shared_folder.ask("pocketfleet workers --check").returncode == 1
+    assert json.loads(shared_folder.ask("pocketfleet workers --json").stdout) == []
 
 
 def test_a_worker_takes_its_settings_from_a_file(shared_folder: Folder) -> None:
