@@ -16,6 +16,7 @@ from redis.exceptions import RedisError
 
 from limiter.keys import ROOT, WORKERS, worker_key
 from limiter.process import Process
+from worker.aliveness import born, pid_space, surely_dead
 from worker.registry import ServedFlow
 from worker.run import HOST
 
@@ -26,7 +27,11 @@ def health_key(host: str = HOST) -> str:
 
 
 class WorkerInfo(msgspec.Struct):
-    """What one living worker says of itself. Times are seconds since 1970."""
+    """What one living worker says of itself. Times are seconds since 1970.
+
+    Attributes:
+        space, born: where its pid holds, and when the process started there; see `aliveness.py`.
+    """
 
     process: str
     host: str
@@ -36,6 +41,8 @@ class WorkerInfo(msgspec.Struct):
     running: int
     version: str
     started: float
+    space: str = ""
+    born: int = 0
 
 
 _infos = msgspec.json.Decoder(WorkerInfo)
@@ -65,6 +72,8 @@ class Presence:
             running=0,
             version=our_version(),
             started=time.time(),
+            space=pid_space(),
+            born=born(os.getpid()),
         )
 
     async def announce(self) -> None:
@@ -95,7 +104,7 @@ class Presence:
 
 
 async def living_workers(client: Redis) -> list[WorkerInfo]:
-    """Every worker that was heard within two leases, oldest first."""
+    """Every worker that was heard within two leases, oldest first; not those seen to be dead from here."""
     names: list[Any] = await client.zrange(WORKERS, 0, -1)
     if not names:
         return []
@@ -104,7 +113,8 @@ async def living_workers(client: Redis) -> list[WorkerInfo]:
     if gone:
         await client.zrem(WORKERS, *gone)
     infos = [_readable(data) for data in found if data]
-    return sorted((info for info in infos if info), key=lambda info: info.started)
+    living = (info for info in infos if info and not surely_dead(info.space, info.pid, info.born))
+    return sorted(living, key=lambda info: info.started)
 
 
 def _readable(data: bytes) -> WorkerInfo | None:
