@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from producer.facts import known_batches
 from producer.follower import mend, named, ranges
-from producer.known import bytes_in_redis, known_batch, redis_at, state_of
+from producer.known import Known, bytes_in_redis, known_batch, redis_at, state_of
 from producer.plan import size_text
 from producer.settings import ProducerSettings
 from producer.spool import Spool
@@ -24,31 +24,36 @@ async def status_of(settings: ProducerSettings, batch: str) -> dict[str, Any]:
     `lost` is a list of ranges such as '3-7', None where items are lost and nobody here can name them.
     """
     async with known_batch(settings, batch) as known:
-        facts = known.facts
-        lost = await known.lost()
-        journal = known.read_journal()
-        statuses = journal.counts() if journal is not None and (lost or facts is None) else {}
-        if facts is not None and not lost:
-            statuses = facts.statuses
-        missing = facts.missing if facts is not None else known.count - sum(statuses.values())
-        if facts is not None and not facts.epoch and lost is not None:
-            missing = len(lost)
-        return {
-            "batch": batch,
-            "limit": known.limit,
-            "flow": known.flow,
-            "state": state_of(facts, lost),
-            "count": known.count,
-            "left": facts.left if facts else 0,
-            "missing": missing,
-            "failed_items": sum(statuses.get(status, 0) for status in STATUSES[1:]),
-            "lost": None if lost is None else list(ranges(lost)),
-            "lost_items": 0 if lost is None else len(lost),
-            "created": facts.created
-            if facts and facts.created
-            else (known.spool.created if known.spool else 0.0),
-            **statuses,
-        }
+        return await status_of_known(known)
+
+
+async def status_of_known(known: Known) -> dict[str, Any]:
+    """The same of a batch that was found, from the facts it has now."""
+    facts = known.facts
+    lost = await known.lost()
+    journal = known.read_journal()
+    statuses = journal.counts() if journal is not None and (lost or facts is None) else {}
+    if facts is not None and not lost:
+        statuses = facts.statuses
+    missing = facts.missing if facts is not None else known.count - sum(statuses.values())
+    if facts is not None and not facts.epoch and lost is not None:
+        missing = len(lost)
+    return {
+        "batch": known.batch,
+        "limit": known.limit,
+        "flow": known.flow,
+        "state": state_of(facts, lost),
+        "count": known.count,
+        "left": facts.left if facts else 0,
+        "missing": missing,
+        "failed_items": sum(statuses.get(status, 0) for status in STATUSES[1:]),
+        "lost": None if lost is None else list(ranges(lost)),
+        "lost_items": 0 if lost is None else len(lost),
+        "created": facts.created
+        if facts and facts.created
+        else (known.spool.created if known.spool else 0.0),
+        **statuses,
+    }
 
 
 def sentence_of(told: dict[str, Any]) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 
 from limiter.client import open_client
 from producer.batch_lock import InOtherHands
-from producer.batch_views import status_of
+from producer.batch_views import status_of_known
+from producer.facts import read_facts
 from producer.follow import Ended, read
 from producer.follower import Follower
 from producer.journal import Journal
@@ -43,7 +44,9 @@ async def wait_for(settings: ProducerSettings, batch: str, output: Path | None) 
             if output is not None and journal is not None:
                 lines = stack.enter_context(contextlib.closing(LineFile(output, known.own_spool, journal)))
             await _follow(known, journal, lines)
-    return await status_of(settings, batch)
+        # not by its id again: the embedded server would end and start in between
+        known.facts = await read_facts(known.client, known.limit, batch)
+        return await status_of_known(known)
 
 
 async def _follow(known: Known, journal: Journal | None, lines: LineFile | None) -> None:

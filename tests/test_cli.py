@@ -21,6 +21,8 @@ from typing import Any
 
 import pytest
 
+from limiter import embedded
+from limiter.server import Home, server_lives
 from limiter.view import GateView
 from pocketfleet.__main__ import main
 from producer.progress import Progress
@@ -509,6 +511,34 @@ def test_a_retry_in_the_embedded_server_names_what_runs_it_there(folder: Folder)
     )
     assert "1 failed in" in folder.type(line).stderr, "it works"
     assert folder.lines("ledger.txt") == ["13", "13"]
+
+
+def test_the_last_user_of_the_embedded_server_takes_leave_of_it_before_it_ends(folder: Folder) -> None:
+    (folder.path / ".pocketfleet").mkdir()
+    with embedded.join_or_start(folder.path / ".pocketfleet"):
+        worker = folder.start("pocketfleet worker users:flow")
+        assert worker.stdout is not None
+        until(lambda: "worker serves" in worker.stdout.readline(), "it serves")
+    worker.terminate()
+    said, _ = worker.communicate(timeout=PATIENCE_S)
+    assert worker.returncode == 0, said
+    assert embedded.join(folder.path / ".pocketfleet") is None
+
+
+def test_a_waiter_and_a_burst_worker_see_a_killed_run_to_its_end(folder: Folder) -> None:
+    run = folder.start(
+        "pocketfleet run users:flow --set user_ids=[1,2,3,4,5] --set s=1 --workers 0 --batch b"
+    )
+    until(lambda: folder.lines("ledger.txt"), "it runs")
+    run.kill()
+    run.communicate(timeout=PATIENCE_S)
+    waiter = folder.start("pocketfleet batch wait b")
+    until(lambda: server_lives(Home(folder.path / ".pocketfleet")), "the waiter has a server")
+    done = folder.type("pocketfleet worker users:flow --burst")
+    assert done.returncode == 0, done.stderr
+    said, _ = waiter.communicate(timeout=PATIENCE_S)
+    assert waiter.returncode == 0, said
+    assert "b: 5 of 5 done: 5 completed" in said
 
 
 def test_workers_and_limits_are_shown_while_a_worker_lives(shared_folder: Folder) -> None:

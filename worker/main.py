@@ -134,8 +134,8 @@ async def _take_over(ctx: dict[Any, Any], settings: Settings, place: Place) -> N
             raise
         end(TargetError(served[0].target, f"on_worker_start failed: {said(error)}"))
     finally:
+        # the place is left at exit only: arq has still to say its own farewell, or (--watch) goes on
         await see_through(process.close())
-        place.close()
     if not ctx.get("burst"):
         raise asyncio.CancelledError  # ends arq's main task as a signal would
 
