@@ -95,7 +95,7 @@ class Follower:
             return []
         if found:
             self._position = found[-1].position
-        self._drained = not found and block_ms is None
+        self._drained = not found and self.facts is not None and self.facts.over
         return found
 
     def _take(self, found: list[Ended]) -> list[Ended]:
@@ -136,6 +136,8 @@ class Follower:
             facts = await read_facts(self._client, self._limit, self._batch)
         except (RedisError, OSError):
             return
+        if facts != self.facts:
+            self._drained = False  # there may be outcomes that came since the last read
         self.facts = facts
         if self._journal is not None:
             await asyncio.to_thread(self._journal.sync)

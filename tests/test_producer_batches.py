@@ -300,6 +300,9 @@ def test_a_stopped_run_leaves_nothing_in_the_queue_but_what_began(place: Site) -
     state = status(place)
     assert state["missing"] >= 400 - 8 - place.ledger.count("end")
     assert "not in the queue" in told(place.pocketfleet("batch", "status", "b"), None) or state["left"]
+    told(place.pocketfleet("worker", "users:flow", "--burst"))
+    # who waits is told as well, once it is sure that nobody goes on
+    assert "not in the queue: run or enqueue it again" in told(place.pocketfleet("batch", "wait", "b"), 1)
 
 
 PROGRAM = """
