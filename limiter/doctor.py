@@ -220,6 +220,8 @@ def _starts(gate: GateView, pace: Pace) -> str:
     rate = f" of {window}" if window else ", no limit per minute"
     if not pace.over_s:
         return f"not sampled yet{rate}"
+    if pace.over_s < 60:  # a rate made of less would say more than was seen
+        return f"{pace.admissions} in the last {_span(pace.over_s)}{rate}"
     return f"{pace.per_minute:.1f} a minute over {_span(pace.over_s)}, busiest minute {pace.busiest_minute}{rate}"
 
 

@@ -326,7 +326,8 @@ def test_the_pace_is_counted_from_samples_and_not_over_a_new_counter() -> None:
         (30, Pace(0.0, 0, 0, 4), "30 of 30 in 60 s"),
         (30, Pace(120.0, 50, 28, 4), "25.0 a minute over 2 min, busiest minute 28 of 30 in 60 s"),
         (None, Pace(0.0, 0, 0, 4), "not sampled yet, no limit per minute"),
-        (None, Pace(30.0, 5, 5, 4), "10.0 a minute over 30 s, busiest minute 5, no limit per minute"),
+        (None, Pace(30.0, 5, 5, 4), "5 in the last 30 s, no limit per minute"),
+        (None, Pace(90.0, 15, 12, 4), "10.0 a minute over 2 min, busiest minute 12, no limit per minute"),
     ],
 )
 def test_no_rate_stands_beside_a_window_that_it_does_not_cover(
