@@ -26,6 +26,7 @@ class Plan:
     Attributes:
         run_s: seconds one run takes, as told or as measured; `measured_in`: the batch it was measured in.
         lasts_s: the whole batch, at least; `binds`: the limit that makes it so.
+        starts_at: where the level begins, None where it does not adapt; `max_concurrent` is its ceiling then.
         enough: runs at a time from which on the per-minute limit alone decides; None without one.
         bytes_in_redis: for its waiting items; `room_in_redis`: bytes left there, None without a limit.
     """
@@ -42,6 +43,7 @@ class Plan:
     bytes_in_redis: int
     room_in_redis: int | None
     expires: str
+    starts_at: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,16 +72,21 @@ class Plan:
         if self.lasts_s is None:
             rounds = math.ceil(self.items / self.max_concurrent)
             times = "as long" if rounds == 1 else f"{rounds:,} times as long"
-            return f"{times} as one run takes, which plan --seconds can say, {self.max_concurrent} at a time"
+            return f"{times} as one run takes, which plan --seconds can say, {self.max_concurrent} at a time{self._level()}"
         known = "" if self.run_s is None else f" with runs of {self.run_s:.3g} s"
         where = f" as in batch {self.measured_in}" if self.measured_in else ""
-        least = "at least " if self.run_s is None else "about "
+        adapts = self.starts_at is not None and self.binds == "concurrency"
+        least = "at least " if self.run_s is None or adapts else "about "
         bound = (
             "the limit per minute binds"
             if self.binds == "window"
-            else f"{self.max_concurrent} at a time binds"
+            else f"{self.max_concurrent} at a time binds{self._level()}"
         )
         return f"{least}{duration(self.lasts_s)}{known}{where}, {bound}"
+
+    def _level(self) -> str:
+        """That the number of runs at a time is the most there can be, not what there will be."""
+        return "" if self.starts_at is None else f" (the level's most; it starts at {self.starts_at})"
 
 
 def _limits(plan: Plan) -> str:
@@ -128,6 +135,7 @@ def plan_for(
         bytes_in_redis=params_bytes + items * JOB_BYTES,
         room_in_redis=room_in_redis,
         expires=_expires(lasts_s, keep_result_s, keep_s),
+        starts_at=None if limits.floor == limits.max_concurrent else limits.start,
     )
 
 

@@ -54,6 +54,14 @@ def test_the_concurrency_that_would_suffice_is_named() -> None:
     assert sentences[1] == "from 2 at a time on, the limit per minute would be what binds"
 
 
+def test_the_plan_of_a_level_that_adapts_is_one_for_its_best() -> None:
+    limits = Limits("users", 20, None, min_concurrent=1, initial_concurrent=4)
+    most = "20 at a time binds (the level's most; it starts at 4)"
+    assert plan_for(400, 0, limits, 2.0).line().startswith(f"plan: at least 40 s with runs of 2 s, {most}; ")
+    said = "as one run takes, which plan --seconds can say, 20 at a time (the level's most; it starts at 4); "
+    assert said in plan_for(400, 0, limits, None).line()
+
+
 def test_a_batch_that_does_not_fit_into_redis_is_told_so() -> None:
     fits = plan(1_000, 5, None, 1.0, room_in_redis=10_000_000)
     assert "waiting, they take about 310.0 kB of Redis of 10.0 MB free" in fits.sentences()
