@@ -140,7 +140,8 @@ class LocalWorkers:
             return
         item = self._item.match(text)
         if item:
-            self._say(f"[item {item[1]}] {text[item.end() :]}")
+            if not text.startswith(UNSAID, item.end()):
+                self._say(f"[item {item[1]}] {text[item.end() :]}")
         else:
             self._say(text if TAG.match(text) else f"[worker {number}] {text}")
 

@@ -61,6 +61,7 @@ class Store(Node):
 class Paint(AsyncNode):
     async def exec_async(self, _):
         print("\\x1b[2J\\x1b[31mred\\x1b[0m\\tand\\x07 [item 7] 10%\\r\\x1b]0;title\\x1b\\\\ 90%\\ttab\\r")
+        logging.getLogger("pocketfleet.worker").info("our own news")
         logging.getLogger("mine").warning("log\\x1b[1A up")
         os.write(1, b"past python \\x1b[5Aup\\n")
         raise ValueError("bad\\x1b[2J")
@@ -442,6 +443,7 @@ def test_what_nodes_print_cannot_command_the_terminal(workers: int, folder: Fold
         assert "[worker 1] past python up" in said
     assert "[item 0]  90%\ttab\n" in said
     assert "WARNING mine log up" in said
+    assert "our own news" not in said
     assert "ValueError: bad" in said
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", said), repr(said)
 
