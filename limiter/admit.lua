@@ -53,10 +53,14 @@ local function trim_starts()
   return used - low
 end
 
--- Runs whose time has come go back to their own places, at most 500 per call.
+-- Runs whose time has come go back to their own places, and those that wait for what is no time: at most
+-- 500 of each per call.
 local function release_due()
   if state.due == 0 or now < state.due then return end
   local ids = redis.call('ZRANGEBYSCORE', LATER, '-inf', whole(now), 'LIMIT', 0, 500)
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', LATER, whole(PARKED), '+inf', 'LIMIT', 0, 500)) do
+    ids[#ids + 1] = id
+  end
   for _, id in ipairs(ids) do
     local job = read_job(redis.call('HGET', JOBS, id))
     if job then
@@ -69,8 +73,7 @@ local function release_due()
     end
     redis.call('ZREM', LATER, id)
   end
-  local first = redis.call('ZRANGE', LATER, 0, 0, 'WITHSCORES')
-  state.due = first[2] and tonumber(first[2]) or 0
+  state.due = earliest_due()
 end
 
 -- Read once, and again after a ticket was taken or dropped.

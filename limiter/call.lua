@@ -61,8 +61,7 @@ local function create_gate()
   record, state.was_woken, state.was_override, state.was_config = nil, '', '', ''
   state.gen, state.attempt, state.place = now, math.max(now, state.attempt), math.max(1, state.place)
   state.override = redis.call('GET', OVERRIDE) or ''
-  local due = redis.call('ZRANGE', LATER, 0, 0, 'WITHSCORES')
-  state.due = due[2] and tonumber(due[2]) or 0
+  state.due = earliest_due()
   redis.call('DEL', FLOWS)
 end
 

@@ -225,6 +225,14 @@ end
 local function queue_of(flow) return ROOT .. 'queue:' .. flow end
 local function idle_of(flow) return ROOT .. 'idle:' .. flow end
 
+-- When the first delayed run is due, us; 0 if there is none. A score that is no time of any clock is due.
+local function earliest_due()
+  local first = tonumber(redis.call('ZRANGE', LATER, 0, 0, 'WITHSCORES')[2])
+  if not first then return 0 end
+  local last = tonumber(redis.call('ZRANGE', LATER, -1, -1, 'WITHSCORES')[2])
+  return last < PARKED and math.max(1, first) or 1
+end
+
 local function read_job(text)
   local attempt, place, deaths, refused, backs, saved, flow =
     string.match(text or '', '^(%d+) (%d+) (%d+) (%d+) (%d+) (%d) (.+)$')

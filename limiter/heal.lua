@@ -53,8 +53,7 @@ local function healer()
     state.waiting, state.flows = redis.call('ZCARD', TICKETS), redis.call('SCARD', FLOWS)
     local last = redis.call('ZRANGE', TICKETS, -1, -1, 'WITHSCORES')
     state.ticket = math.max(state.ticket, last[2] and tonumber(last[2]) or 0)
-    local due = redis.call('ZRANGE', LATER, 0, 0, 'WITHSCORES')
-    state.due = due[2] and tonumber(due[2]) or 0
+    state.due = earliest_due()
   end
 
   -- Sane values for whatever `load` named; returns the names.

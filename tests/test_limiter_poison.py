@@ -174,6 +174,23 @@ def test_a_start_that_is_no_time_counts_from_now(gate: Gate, poison: str) -> Non
     assert call(gate, 2 * S, "A", 2, held=3).used == 3
 
 
+@pytest.mark.parametrize("poison", ["inf", "-inf", "-5", "9e15"])
+@pytest.mark.parametrize("due_known", [True, False])
+def test_a_run_that_waits_for_what_is_no_time_is_due(gate: Gate, poison: str, due_known: bool) -> None:
+    busy(gate)
+    delayed = job_id("L", "b", 1)
+    gate.client.zadd(gate.keys.later, {delayed: float(poison)})
+    another = Entry(job_id("L", "b", 0), T0 + 3, 1, "refuse", 60 * S)  # its time is one
+    call(gate, S, "A", 3, held=2, entries=[another])
+    if not due_known:
+        spoil(gate, "due", "-3")
+    call(gate, 2 * S, "B", 3, held=1)
+    claimed = call(gate, 4 * S, "A", 4, held=0, jobs=9).jobs
+    assert delayed in [job.id for job in claimed]
+    assert gate.client.zrange(gate.keys.later, 0, -1) == [another.job.encode()]
+    assert state_of(gate)["due"] == T0 + 61 * S and repaired(gate) in ([], ["due"], ["state"])
+
+
 KEYS = [
     "gate",
     "leases",
