@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ class Ledger:
     def busiest(self, window_s: float, word: str = "start") -> int:
         """Most notes of a word in any window of that length."""
         times = [each.at for each in self.notes(word)]
-        return max((sum(at <= other < at + window_s for other in times) for at in times), default=0)
+        return max((bisect_left(times, at + window_s) - n for n, at in enumerate(times)), default=0)
 
 
 class Child:
@@ -296,3 +297,22 @@ def lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that a process started and that still run."""
+    try:
+        text = "".join(each.read_text() for each in Path(f"/proc/{pid}/task").glob("*/children"))
+    except OSError:
+        return []
+    return [child for child in map(int, text.split()) if lives(child)]
+
+
+def processes_in(directory: Path) -> list[str]:
+    """Processes that were started in a directory and still run."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cwd").readlink() == directory:
+                found.append(process.name)
+    return found

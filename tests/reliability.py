@@ -279,7 +279,10 @@ CASES = (
         37,
         "a producer killed half way, started again",
         "I3",
-        (PRODUCER + "test_producer_killed_half_way_and_started_again_queues_the_union_once",),
+        (
+            PRODUCER + "test_producer_killed_half_way_and_started_again_queues_the_union_once",
+            "test_killed_batch.py::test_producer_and_workers_are_killed_at_random_and_every_item_has_one_line",
+        ),
     ),
     Case(
         38,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import json
 import os
-import random
 import re
 import time
 from collections import Counter
@@ -79,38 +76,6 @@ def status(place: Site, batch: str = "b") -> dict[str, Any]:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_producer_and_workers_are_killed_at_random_and_every_item_has_one_line(place: Site) -> None:
-    seed = random.randrange(10**6)
-    print(f"seed {seed}")
-    rng, count, output = random.Random(seed), 1_500, place.directory / "out.csv"
-    words = ["run", "users:flow", "--set", ids(count), "--set", "s=0.01", "--workers", "2", "--batch", "b"]
-    words += ["--output", "out.csv"]
-    for _ in range(5):
-        child = place.pocketfleet(*words)
-        time.sleep(rng.uniform(1.5, 3.0))
-        if child._process.poll() is not None:
-            break
-        child.kill()
-    said = told(place.pocketfleet(*words))
-    assert f"{count} completed" in said
-    with output.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert Counter(int(row["index"]) for row in rows) == Counter(range(count))
-    assert all(json.loads(row["params"])["user_id"] == int(row["index"]) for row in rows)
-    assert "the batch was over, nothing ran" in told(place.pocketfleet(*words))
-    until(lambda: not processes_in(place.directory), "the workers of the killed runs have left", timeout_s=15)
-
-
-def processes_in(directory: Path) -> list[str]:
-    """Processes that were started in a directory and still run."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if (process / "cwd").readlink() == directory:
-                found.append(process.name)
-    return found
 
 
 def test_a_cancel_stops_what_waits_at_once_and_what_runs_at_its_next_await(place: Site) -> None:
