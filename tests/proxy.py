@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,9 +56,14 @@ class Proxy:
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}"
 
-    def cut(self) -> int:
-        """Close every connection; returns how many there were."""
-        return self._call(lambda: sum(link.cut() for link in list(self._links)))
+    def cut(self, *, reset: bool = False) -> int:
+        """Close every connection; returns how many there were.
+
+        Args:
+            reset: so that the clients' system tells them of a reset, as it does on its own where data was on its
+                way, and not of an end.
+        """
+        return self._call(lambda: sum(link.cut(reset=reset) for link in list(self._links)))
 
     def half_open(self) -> int:
         """Leave every connection as it is, but nothing passes on them any more; new ones work."""
@@ -174,7 +181,10 @@ class _Link:
         if not self._deaf and writer is not None:
             writer.write(data)
 
-    def cut(self) -> int:
+    def cut(self, *, reset: bool = False) -> int:
+        if reset:
+            now = struct.pack("ii", 1, 0)
+            self._client.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
         for writer in (self._client, self._server):
             if writer is not None:
                 writer.transport.abort()

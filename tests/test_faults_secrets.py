@@ -85,7 +85,7 @@ def test_no_secret_is_in_a_log_a_command_line_or_an_error_at_any_level() -> None
         door.rule = proxy.Every(fates=("reply",), share=0.2, seed=faults.seed())
         time.sleep(1.0)
         door.rule = None
-        door.cut()
+        door.cut(reset=True)
         until(lambda: here.ledger.count("end") == 200, "all have ended")
         listed = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=False)
         status = here.pocketfleet("batch", "status", "b")

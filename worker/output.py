@@ -76,7 +76,19 @@ class ItemPrefix:
 
 
 class _OneLine(logging.Formatter):
-    """Our own news in one line each, whatever names and texts from elsewhere hold; users' lines as they are."""
+    """Our own news in one line each, whatever names and texts from elsewhere hold; users' lines as they are.
+
+    asyncio's debug mode shows the traceback of every connection that breaks: here the error alone, since our
+    own line says what it means.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        error = record.exc_info[1] if record.exc_info else None
+        if record.name == "asyncio" and record.levelno == logging.DEBUG and isinstance(error, OSError):
+            shown = logging.makeLogRecord({**record.__dict__, "exc_info": None, "exc_text": None})
+            shown.msg, shown.args = f"{record.getMessage()}: {error}", ()
+            return super().format(shown)
+        return super().format(record)
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         if record.name.startswith("pocketfleet"):
