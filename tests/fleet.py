@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +192,9 @@ class Site:
     def write(self, name: str, text: str) -> Path:
         path = self.directory / name
         path.write_text(text)
+        shutil.rmtree(
+            self.directory / "__pycache__", ignore_errors=True
+        )  # a second's difference is none to it
         return path
 
     def python(self, *words: str, pass_fds: Iterable[int] = (), **env: Any) -> Child:
