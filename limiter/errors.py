@@ -58,13 +58,20 @@ class HeldAlready(LimiterError):
 
 
 class WaitCircle(LimiterError, TimeoutError):
-    """Two gates wait for each other. Carries `held` and `wanted`."""
+    """Gates wait for each other. Carries `gates`, of which this wait held the first and wanted the second, and
+    these two as `held` and `wanted`.
+    """
 
-    def __init__(self, held: str, wanted: str, waited_s: float) -> None:
+    def __init__(self, gates: tuple[str, ...], waited_s: float) -> None:
+        held, wanted, *others = gates
+        steps = [f"every slot of '{held}' is held by a run that waits for '{wanted}'"]
+        for this, following in zip((wanted, *others), (*others, held), strict=True):
+            steps.append(f"every slot of '{this}' by one that waits for '{following}'")
+        names = ", ".join(f"'{name}'" for name in gates)
         super().__init__(
-            f"after {waited_s:.0f} s: every slot of '{held}' is held by a run that waits for '{wanted}', and every "
-            f"slot of '{wanted}' by one that waits for '{held}', so this wait was ended: take them in the same "
-            f"order everywhere, or together with limit('{held}', '{wanted}')"
+            f"after {waited_s:.0f} s: {', '.join(steps[:-1])}, and {steps[-1]}, so this wait was ended: take them "
+            f"in the same order everywhere, or together with limit({names})"
         )
+        self.gates = gates
         self.held = held
         self.wanted = wanted

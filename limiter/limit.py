@@ -78,7 +78,7 @@ class limit:  # noqa: N801 - reads as a verb: async with limit("openai", ...)
         LimitsError: a name or number that cannot hold.
         HeldAlready: this run is inside one of the gates.
         AdmissionTimeout: not admitted within `timeout_s`.
-        WaitCircle: two gates wait for each other, so this wait was ended.
+        WaitCircle: gates wait for each other, so this wait was ended.
         LeaseLost: the lease ran out while the block ran; in asyncio code the block was cancelled.
     """
 

@@ -338,6 +338,46 @@ def test_of_two_runs_that_wait_for_each_other_one_is_ended(server: redis.Redis, 
     asyncio.run(main())
 
 
+def test_of_runs_that_wait_round_three_gates_one_is_ended_and_told_all_three(
+    server: redis.Redis, impatient: None
+) -> None:
+    """A gate beside the circle, with a slot whose holder works, belongs to no circle."""
+    told: list[WaitCircle] = []
+
+    async def step(first: str, second: str, slots: int = 1) -> str:
+        async with limit(first, max_concurrent=slots):
+            await asyncio.sleep(0.2)
+            try:
+                async with limit(second, max_concurrent=1):
+                    return "both"
+            except WaitCircle as error:
+                told.append(error)
+                return "circle"
+
+    async def main() -> None:
+        async with asyncio.timeout(15):
+            ends = await asyncio.gather(
+                step("a", "b"), step("b", "c"), step("c", "a"), step("d", "a", slots=2)
+            )
+        assert sorted(ends) == ["both", "both", "both", "circle"], ends
+        (error,) = told
+        held, wanted, last = error.gates
+        assert (error.held, error.wanted) == (held, wanted)
+        assert error.gates in [("a", "b", "c"), ("b", "c", "a"), ("c", "a", "b")]
+        assert f"every slot of '{held}' is held by a run that waits for '{wanted}'" in str(error)
+        assert f"and every slot of '{last}' by one that waits for '{held}'" in str(error)
+        assert f"limit('{held}', '{wanted}', '{last}')" in str(error)
+
+    asyncio.run(main())
+
+
+def test_a_wait_for_two_gates_at_once_counts_for_one_slot() -> None:
+    """Of two slots of `a` one is held by what waits for `b` and `c` together, the other by what is at work."""
+    waits = {"b": {"p": {"a": {1}}}, "c": {"p": {"a": {1}}}, "a": {"p": {"b": {2}, "c": {3}}}}
+    assert circle.find_circle(waits, {"a": 2, "b": 1, "c": 1}) == ()
+    assert circle.find_circle(waits, {"a": 1, "b": 1, "c": 1}) == ("a", "b")
+
+
 def test_a_circle_between_threads_and_tasks_is_ended_too(server: redis.Redis, impatient: None) -> None:
     """Two processes as far as the gates are concerned: the loop's, and that of the threads."""
 
