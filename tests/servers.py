@@ -46,6 +46,13 @@ def wait_until_it_answers(socket: Path, timeout_s: float = 10.0) -> None:
             client.close()
 
 
+def until_cluster_is_up(client: redis.Redis, timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while client.execute_command("CLUSTER INFO")["cluster_state"] != "ok":
+        assert time.monotonic() < deadline, "the cluster does not come up"
+        time.sleep(0.02)
+
+
 @contextlib.contextmanager
 def running(kind: str, *options: str) -> Iterator[str]:
     """URL of a server that lives as long as the block."""
