@@ -48,7 +48,7 @@ def find_redis(settings: FleetSettings, *, start: bool) -> Place:
     if joined is None:
         raise RedisRefused(
             f"no Redis is set and no PocketFleet server runs in {settings.data_dir}: "
-            "set POCKETFLEET_REDIS_URL, or start a run here"
+            "set POCKETFLEET_REDIS_URL, or start one here with pocketfleet run"
         )
     return _place(joined)
 
