@@ -67,13 +67,19 @@ def open_client(url: str, *, decode_responses: bool = False, answer_s: float = A
     return _opened(url, options, decode_responses=decode_responses)
 
 
-def open_retrying_client(url: str, *, decode_responses: bool = False, retries: int = 8) -> Redis:
+def open_retrying_client(
+    url: str, *, decode_responses: bool = False, retries: int = 8, waits_if_full: bool = True
+) -> Redis:
     """A client that repeats a failed call up to `retries` times (8 of them: about 6 s without Redis).
 
     A call whose reply was lost runs twice: use it only for reads and for calls that may.
+
+    Args:
+        waits_if_full: False raises `OutOfMemoryError` at once, for a caller that waits for memory itself.
     """
     retry = _FlatRetry(ExponentialBackoff(cap=1, base=0.05), retries)
-    options = _options(url) | {"retry": retry, "retry_on_error": list(RETRIED)}
+    retried = [kind for kind in RETRIED if waits_if_full or kind is not OutOfMemoryError]
+    options = _options(url) | {"retry": retry, "retry_on_error": retried}
     return _opened(url, options, decode_responses=decode_responses)
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from producer.facts import known_batches
 from producer.follower import mend, named, ranges
 from producer.known import Known, bytes_in_redis, known_batch, redis_at, state_of
-from producer.plan import size_text
 from producer.settings import ProducerSettings
 from producer.spool import Spool
+from producer.texts import size_text
 from worker.contract import STATUSES
 
 if TYPE_CHECKING:

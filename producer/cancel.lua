@@ -16,7 +16,9 @@
 -- are taken, the batch is marked as cancelled first, so that nobody goes on enqueueing it; one that is
 -- over (nothing is left, and each of its `count` items has ended) stays as it is. A run is ended
 -- here: it counts as aborted, and its process hears of it and stops it. That process holds the slot until
--- then, and what it says of the run later is refused.
+-- then, and what it says of the run later is refused. A Redis that is full (`maxmemory`) does not refuse it.
+
+redis.call('DEL', ROOT .. 'nothing') -- a first write that needs no memory: a full Redis lets the others through
 
 local batch, flow, what, outcome = ARGV[3], ARGV[4], ARGV[7], ARGV[8]
 local first, count = tonumber(ARGV[5]), tonumber(ARGV[6])

@@ -3,107 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 from redis.asyncio import Redis
 
-from limiter.keys import BATCHES, GateKeys
+from limiter.keys import GateKeys
 from limiter.script import script
-from producer.errors import SpoolError
-from producer.facts import forget_gone, read_facts
+from producer.announce import WEEK_S, announce
 from producer.journal import Journal, Retry
+from producer.plan import JOB_BYTES
+from producer.room import Room
 from producer.spool import Spool
 from worker.contract import ABORTED, LOST, encode_job
 
 ENQUEUE = Path(__file__).with_name("enqueue.lua")
-WEEK_S = 604_800.0
 CHUNK = 500
+CHUNK_BYTES = 262_144
+"""A chunk is full with so many items, or once it has so many bytes."""
 IN_FLIGHT = 4
 SPACING = 1000
 """Places between two items of a batch of weight 1."""
-
-
-async def announce(
-    client: Redis,
-    spool: Spool,
-    journal: Journal | None = None,
-    keep_s: float = WEEK_S,
-    *,
-    however_old: bool = False,
-) -> None:
-    """Tell Redis of a batch before its first job: where it belongs, how many items, its store.
-
-    A Redis that has lost the batch hears from the journal which items have ended.
-
-    Raises:
-        SpoolError: the batch ended so long ago that nobody knows any more what is done of it.
-    """
-    keys = GateKeys(spool.limit)
-    known = await read_facts(client, spool.limit, spool.batch)
-    lost = journal is not None and bool(journal.epoch) and (known is None or known.epoch != journal.epoch)
-    if lost and journal is not None:
-        if known is None and not however_old:
-            _checked_age(spool, journal, keep_s)
-        await _restore(client, keys, spool.batch, journal)
-    epoch = secrets.token_hex(8)
-    async with client.pipeline(transaction=False) as pipe:
-        pipe.hset(
-            BATCHES, spool.batch, msgspec.json.encode({"limit": spool.limit, "flow": spool.flow}).decode()
-        )
-        pipe.hset(keys.batch(spool.batch), mapping=_told(spool, keep_s))
-        pipe.hdel(keys.batch(spool.batch), "cancelled")
-        pipe.hsetnx(keys.batch(spool.batch), "epoch", epoch)
-        pipe.hget(keys.batch(spool.batch), "epoch")
-        if base := spool.base():
-            pipe.set(keys.base(spool.batch), base, keepttl=True)
-        if known is None or known.over:  # the first item that is added lifts it
-            for key in keys.of_batch(spool.batch):
-                pipe.pexpire(key, round(keep_s * 1000))
-        replies = await pipe.execute()
-    if journal is not None and journal.epoch != (epoch := replies[4].decode()):
-        journal.begin(epoch)
-    await forget_gone(client)
-
-
-def _told(spool: Spool, keep_s: float) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "flow": spool.flow,
-        "count": spool.count,
-        "created": spool.created,
-        "keep": round(keep_s * 1000),
-        "key": spool.key,
-    }
-    return facts | {f"digest:{number}": value for number, value in enumerate(spool.digests)}
-
-
-def _checked_age(spool: Spool, journal: Journal, keep_s: float) -> None:
-    age_s = time.time() - max(spool.created, journal.written_at)
-    if journal.pending and age_s > keep_s:
-        raise SpoolError(
-            f"batch '{spool.batch}' was last heard of {age_s / 86400:.1f} days ago, and Redis keeps what is done of "
-            f"a batch for {keep_s / 86400:g}: {journal.pending} items have no outcome here and may have run. To run "
-            f"them: pocketfleet batch lost {spool.batch} --resubmit; else use another --batch",
-            batch=spool.batch,
-        )
-
-
-async def _restore(client: Redis, keys: GateKeys, batch: str, journal: Journal) -> None:
-    """Set the done bits and counts that a Redis without its data has no longer."""
-    ours = keys.done(batch) + ":restored"
-    async with client.pipeline(transaction=True) as pipe:
-        pipe.set(ours, journal.bitmap(), px=60_000)
-        pipe.bitop("OR", keys.done(batch), keys.done(batch), ours)
-        pipe.delete(ours)
-        if counts := journal.counts():
-            pipe.hset(keys.batch(batch), mapping=counts)
-        await pipe.execute()
 
 
 @dataclass(frozen=True)
@@ -124,6 +50,7 @@ async def enqueue(
     keep_s: float = WEEK_S,
     only_retries: bool = False,
     however_old: bool = False,
+    room: Room | None = None,
 ) -> Enqueued:
     """Put a spool's items into the queue, those that are not there yet. Safe to repeat.
 
@@ -132,38 +59,48 @@ async def enqueue(
 
     Args:
         client: one that may repeat a call; the script adds only what is missing.
-        told: hears after each chunk how many items have been dealt with.
+        told: hears how many items have been dealt with: once Redis knows of the batch, and after each chunk.
         keep_s: seconds for which Redis keeps what it knows of the batch after its end.
         only_retries: leave out items that were never enqueued, or taken off the queue.
         however_old: also where Redis may have forgotten what is done.
+        room: waits where Redis has no memory for more; default: one that speaks on standard error.
+
+    Raises:
+        RoomError: Redis is full, and nothing has made room for long.
     """
+    room = room or Room(client, spool)
     if journal is not None:
         journal.grow(spool.count)
         journal.ask_again(list(journal.ended_with((LOST, ABORTED))))
-    await announce(client, spool, journal, keep_s, however_old=however_old)
+    await room.take(0)
+    await room.through(partial(announce, client, spool, journal, keep_s, however_old=however_old))
     mark = GateKeys(spool.limit).batch(spool.batch), "enqueued"
     if not only_retries:
         await client.hdel(*mark)  # type: ignore[misc]
     done = spool.count - journal.pending if journal is not None else 0
-    sending = _Sending(client, spool, told, done)
-    for retry, before, items in _groups(spool, journal):
-        if only_retries and not retry:
-            continue
-        for chunk in _chunks(spool.flow, items, retry):
-            await sending.send(retry, before, chunk)
-    await sending.finish()
+    told(done)
+    async with _Sending(client, spool, room, told, done) as sending:
+        for retry, before, items in _groups(spool, journal):
+            if only_retries and not retry:
+                continue
+            for chunk in _chunks(spool.flow, items, retry):
+                await sending.send(retry, before, chunk)
     if not sending.cancelled and not only_retries:
-        await client.hset(*mark, "1")  # type: ignore[misc]
+        told(spool.count)  # what ended meanwhile was left out
+        await room.through(lambda: client.hset(*mark, "1"))  # type: ignore[arg-type,return-value]
     return Enqueued(sending.added, done + sending.done, sending.cancelled)
 
 
 class _Sending:
-    """Chunks on their way, a few at a time."""
+    """Chunks on their way, a few at a time; at its end all have arrived, or, after a fault, none is on its way."""
 
-    def __init__(self, client: Redis, spool: Spool, told: Callable[[int], None], sent: int) -> None:
-        self._send = script(client, ENQUEUE)
+    def __init__(
+        self, client: Redis, spool: Spool, room: Room, told: Callable[[int], None], sent: int
+    ) -> None:
+        self._script: Any = script(client, ENQUEUE)
         self._keys = GateKeys(spool.limit).all
         self._about = (spool.batch, spool.flow, SPACING / spool.weight)
+        self._room = room
         self._told = told
         self._sent = sent
         self._flying: dict[asyncio.Task[Any], int] = {}
@@ -173,17 +110,32 @@ class _Sending:
     async def send(self, retry: int, before: str, chunk: list[Any]) -> None:
         if self.cancelled:
             return
-        args = ["", "", *self._about, retry, before, *chunk]
-        self._flying[asyncio.ensure_future(self._send(keys=self._keys, args=args))] = len(chunk) // 2
+        size = sum(map(len, chunk[1::2])) + JOB_BYTES * len(chunk) // 2
+        if self._room.must_look(size):
+            await self._arrived()
+        await self._room.take(size)
+        call = partial(self._script, keys=self._keys, args=["", "", *self._about, retry, before, *chunk])
+        self._flying[asyncio.ensure_future(self._room.through(call))] = len(chunk) // 2
         if len(self._flying) < IN_FLIGHT:
             await asyncio.sleep(0)
         else:
             self._count(await asyncio.wait(self._flying, return_when=asyncio.FIRST_COMPLETED))
 
-    async def finish(self) -> None:
+    async def _arrived(self) -> None:
         if self._flying:
             self._count(await asyncio.wait(self._flying))
-        self._told(self._sent)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            await self._arrived()
+            self._told(self._sent)
+            return
+        for task in self._flying:
+            task.cancel()
+        await asyncio.gather(*self._flying, return_exceptions=True)
 
     def _count(self, waited: tuple[set[asyncio.Task[Any]], set[asyncio.Task[Any]]]) -> None:
         for task in waited[0]:
@@ -216,14 +168,16 @@ def _groups(spool: Spool, journal: Journal | None) -> Iterator[_Group]:
 
 
 def _chunks(flow: str, items: Iterable[tuple[int, bytes]], retry: int) -> Iterator[list[Any]]:
-    """`index, payload, index, payload, ...` of up to `CHUNK` items."""
+    """`index, payload, index, payload, ...` of items that make up a chunk."""
     head, tail = _frame(flow, retry)
     chunk: list[Any] = []
+    size = 0
     for index, params in items:
         chunk += (index, head + params + tail)
-        if len(chunk) == 2 * CHUNK:
+        size += len(params)
+        if len(chunk) == 2 * CHUNK or size >= CHUNK_BYTES:
             yield chunk
-            chunk = []
+            chunk, size = [], 0
     if chunk:
         yield chunk
 

@@ -28,7 +28,9 @@ from producer.journal import Journal
 from producer.lines import check_output
 from producer.local_workers import checked_workers
 from producer.plan import Plan, measured_run_s, plan_for, room_in_redis
+from producer.progress import Progress
 from producer.prune import sweep
+from producer.room import Room
 from producer.settings import ProducerSettings
 from producer.spool import Spool
 from producer.supervision import Supervision
@@ -37,8 +39,6 @@ from producer.who_runs import unserved
 from worker.contract import ABORTED, LOST, checked_batch
 from worker.registry import ServedFlow, checked_flow, named, refuse_while_importing
 
-SHOWN_FAILURES = 10
-WITHDRAW_S = 30.0
 LIGHTEST, HEAVIEST = 0.001, 1000.0
 
 
@@ -227,20 +227,30 @@ class FleetRun:
         )
 
     async def enqueue_missing(
-        self, client: Redis, spool: Spool, journal: Journal, told: Callable[[int], None] = lambda sent: None
+        self, client: Redis, spool: Spool, journal: Journal, progress: Progress | None = None
     ) -> None:
         """Put into the queue what is missing; a batch that is over is not touched."""
+        told = progress.enqueued if progress else lambda sent: None
         if self.is_over(journal):
             told(spool.count)
             self.done_before = spool.count
             return
-        done = await enqueue(client, spool, told, journal=journal, keep_s=self.settings.keep_s)
+        room = Room(
+            client,
+            spool,
+            patience_s=self.settings.memory_patience_s,
+            note=progress.wait_for if progress else None,
+            say=progress.say if progress else _to_stderr,
+            target=self.served.target,
+        )
+        done = await enqueue(client, spool, told, journal=journal, keep_s=self.settings.keep_s, room=room)
         self.added, self.done_before = done.added, done.done
 
     @contextlib.asynccontextmanager
     async def _redis(self, *, start: bool) -> AsyncIterator[tuple[Redis, Place]]:
         place = await asyncio.to_thread(find_redis, self.settings, start=start)
-        hasty, client = open_retrying_client(place.url, retries=1), open_retrying_client(place.url)
+        hasty = open_retrying_client(place.url, retries=1)
+        client = open_retrying_client(place.url, waits_if_full=False)
         try:
             await checked_connection(hasty, place.shown)
             yield client, place

@@ -33,6 +33,8 @@ class Follower:
             ends when Redis says that nothing of it is left.
         lease_s: processes may say again what they run for that long after Redis has lost its data.
         say: hears in a sentence that items are lost.
+        grows: whether items are still being enqueued; until then none is missed, and the batch ends only
+            where it is cancelled or each item has an outcome.
 
     Attributes:
         end: how it ended, once `news` has: every item has an outcome, the batch was cancelled, items were
@@ -51,8 +53,10 @@ class Follower:
         journal: Journal | None = None,
         lease_s: float = 15.0,
         say: Callable[[str], None] = lambda text: None,
+        grows: Callable[[], bool] = lambda: False,
     ) -> None:
         self._client = client
+        self._grows = grows
         self._limit = limit
         self._flow = flow
         self._batch = batch
@@ -115,7 +119,8 @@ class Follower:
     # --- the end ------------------------------------------------------------------------------------
 
     def _nothing_left(self) -> bool:
-        return self.facts is not None and self.facts.over and self._doubt_since is None
+        over = self.facts is not None and self.facts.over
+        return over and self._doubt_since is None and not self._grows()
 
     def _over(self) -> bool:
         pending = self._journal.pending if self._journal is not None else None
@@ -143,6 +148,8 @@ class Follower:
             await asyncio.to_thread(self._journal.sync)
         if self._journal is None and facts is not None and not self._epoch:
             self._epoch = facts.epoch
+        if self._grows():
+            return
         forgotten = facts is None or not facts.epoch or facts.epoch != self._epoch
         if not forgotten and facts is not None and (facts.cancelled or not self._lacks(facts)):
             self._doubt_since = None

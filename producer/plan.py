@@ -12,11 +12,11 @@ from redis.exceptions import RedisError
 from limiter.limits import Limits
 from producer.facts import known_batches
 from producer.follow import read
+from producer.memory import FULL, read_memory
+from producer.texts import duration, size_text
 
 JOB_BYTES = 210
 """What Redis needs for a waiting item beside its params, measured: key, payload's frame, place in the queue."""
-FULL = 0.9
-"""Share of Redis' memory limit that a batch should leave it below."""
 
 
 @dataclass(frozen=True)
@@ -173,32 +173,7 @@ async def measured_run_s(client: Redis, flow: str) -> tuple[float | None, str]:
 async def room_in_redis(client: Redis) -> int | None:
     """Bytes that Redis may still take; None where it has no limit or does not say."""
     try:
-        memory = await client.info("memory")
+        memory = await read_memory(client)
     except RedisError:
         return None
-    limit = int(memory.get("maxmemory", 0))
-    return max(0, limit - int(memory.get("used_memory", 0))) if limit else None
-
-
-def size_text(size: float) -> str:
-    """
-    >>> size_text(900), size_text(2_500_000)
-    ('900 B', '2.5 MB')
-    """
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> duration(2.34), duration(42), duration(600), duration(90000), duration(604800)
-    ('2.3 s', '42 s', '10 min', '25 h', '7 days')
-    """
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.0f} h" if seconds < 2 * 86_400 else f"{seconds / 86_400:.3g} days"
+    return max(0, memory.limit - memory.used) if memory.limit else None

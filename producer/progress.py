@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from redis.exceptions import RedisError
@@ -60,6 +61,8 @@ class Progress:
         self.gate: GateView | None = None
         self.workers: int | None = None
         self.trouble = ""
+        self.awaited = ""
+        self.on_enqueued: Callable[[], None] = lambda: None
         self._coming = workers
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)
         self._shown = shown
@@ -90,6 +93,11 @@ class Progress:
 
     def enqueued(self, items: int) -> None:
         self.sent = items
+        self.on_enqueued()
+
+    def wait_for(self, what: str) -> None:
+        """What the enqueue waits for, in words; '' = nothing."""
+        self.awaited = what
 
     def start(self, client: Redis) -> None:
         if self._shown and self._may_live and self._console.is_terminal:
@@ -188,7 +196,9 @@ class Progress:
         if self.trouble:
             return self.trouble
         if not self.workers:
-            return self._unserved()
+            return "; ".join(filter(None, (self._unserved(), self.awaited)))
+        if self.awaited:
+            return self.awaited
         gate = self.gate.holds_back() if self.gate is not None else ""
         if gate:
             return gate

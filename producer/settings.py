@@ -19,3 +19,9 @@ class ProducerSettings(WorkerSettings):
         le=31_536_000,
         description="Seconds for which a batch's outcomes, manifest and logs are kept after its end",
     )
+    memory_patience_s: float = Field(
+        600,
+        ge=1,
+        le=604_800,
+        description="Seconds an enqueue waits for memory in Redis while nothing makes room there",
+    )

@@ -98,8 +98,7 @@ class Supervision:
     async def _do(self, hands: Hands | None) -> None:
         run = self._run
         try:
-            await run.enqueue_missing(self._client, self._spool, self._journal, self._progress.enqueued)
-            await self._follow(hands)
+            await self._enqueue_and_follow(hands)
         except ConflictError:
             await self._end_batch(everything=True)
             raise
@@ -113,6 +112,23 @@ class Supervision:
             if run.workers is not None:
                 await self._end_batch(everything=False)
             raise
+
+    async def _enqueue_and_follow(self, hands: Hands | None) -> None:
+        """Both at once: a batch that waits for room in Redis gets it from what has ended."""
+        announced = asyncio.Event()
+        self._progress.on_enqueued = announced.set
+        sending = asyncio.create_task(
+            self._run.enqueue_missing(self._client, self._spool, self._journal, self._progress)
+        )
+        sending.add_done_callback(lambda _: announced.set())
+        try:
+            await announced.wait()
+            await self._follow(hands, sending)
+            await sending
+        finally:
+            while not sending.done():
+                sending.cancel()  # Python 3.11 can lose one in a call to Redis
+                await asyncio.wait([sending], timeout=1.0)
 
     # --- stopped -----------------------------------------------------------------------------------
 
@@ -133,11 +149,11 @@ class Supervision:
 
     # --- outcomes ----------------------------------------------------------------------------------
 
-    async def _follow(self, hands: Hands | None) -> None:
+    async def _follow(self, hands: Hands | None, sending: asyncio.Task[None]) -> None:
         gathering = Gathering(self._run.flow, self._run.shared, self._spool)
         self._run.results = gathering.results
         reader, task = open_client(self._place.url), asyncio.current_task()
-        follower = self._follower(reader)
+        follower = self._follower(reader, sending)
         try:
             async for ended in follower.news():
                 if self._lines:
@@ -146,6 +162,8 @@ class Supervision:
                     self._take(gathering, each)
                 if task is not None and task.cancelling():
                     raise asyncio.CancelledError  # Python 3.11's wait_for, under redis-py, can lose it
+                if sending.done():
+                    sending.result()  # raises what stopped it
                 failed = hands.failed if hands is not None else None
                 if failed is not None and self._journal.pending:
                     raise failed
@@ -155,7 +173,7 @@ class Supervision:
             self._lines.catch_up()
         self._finish(gathering, follower.lost)
 
-    def _follower(self, reader: Redis) -> Follower:
+    def _follower(self, reader: Redis, sending: asyncio.Task[None]) -> Follower:
         return Follower(
             reader,
             self._spool.limit,
@@ -164,6 +182,7 @@ class Supervision:
             journal=self._journal,
             lease_s=self._run.settings.lease_s,
             say=self._progress.say,
+            grows=lambda: not sending.done(),
         )
 
     def _take(self, gathering: Gathering, ended: Ended) -> None:

@@ -129,10 +129,11 @@ def test_enqueue_to_a_full_redis_says_so_and_the_same_command_goes_on() -> None:
         fleet.site.write("p.jsonl", "".join(f'{{"item": "f.{n}", "s": 0}}\n' for n in range(50)))
         words = ("enqueue", TARGET, "--params", "p.jsonl", "--batch", "f")
         fleet.server.ask("CONFIG", "SET", "maxmemory", "1mb", "maxmemory-policy", "noeviction")
-        full = fleet.site.pocketfleet(*words)
+        full = fleet.site.pocketfleet(*words, POCKETFLEET_MEMORY_PATIENCE_S=2)
         assert full.code() == 3, full.output()
         last = full.output().splitlines()[-1]
-        assert last.startswith("pocketfleet: Redis is full: raise maxmemory") and "goes on" in last
+        assert last.startswith("pocketfleet: Redis is full (") and "or raise its maxmemory" in last
+        assert "enqueueing it again under its id adds what is missing" in last
         fleet.server.ask("CONFIG", "SET", "maxmemory", "0")
         again = fleet.site.pocketfleet(*words)
         assert again.code() == 0, again.output()
