@@ -92,8 +92,8 @@ async def send(count: int, per_s: float) -> list[int]:
     from benchmarks.put import items
     from limiter.client import open_retrying_client
     from limiter.script import script
-    from producer.batch import as_async, new_batch_id, write_spool
     from producer.announce import announce
+    from producer.batch import as_async, new_batch_id, write_spool
     from producer.enqueue import ENQUEUE, SPACING
     from worker.contract import encode_job
     from worker.registry import find_flow, named

@@ -61,6 +61,9 @@ class GateView:
     paced_for_s: float = 0.0
     halted: bool = False
     """Runs were refused at the lowest level, and none has succeeded since: the fleet pauses by itself."""
+    first_freed_s: float = 0.0
+    """Until the oldest start leaves the window; `last_freed_s`: until the newest one does. 0 without a start."""
+    last_freed_s: float = 0.0
 
     def holds_back(self) -> str:
         """What keeps the next run from starting, in words; '' if nothing does."""
@@ -125,7 +128,8 @@ async def read_gate(client: Redis, name: str) -> GateView | None:
     if override.max_per_window is not None:
         state["rate"] = override.max_per_window
     paused_until, paused_by = _pause(state["pause"], override, now)
-    used, next_start = await _window(client, keys, state, now)
+    freed = await _window(client, keys, state, now)
+    full = bool(state["rate"]) and len(freed) >= state["rate"]
     opens = (
         state["gen"] + max(state["lease"], state["window"] if state["rate"] else 0) if state["cold"] else 0
     )
@@ -140,13 +144,13 @@ async def read_gate(client: Redis, name: str) -> GateView | None:
         lease_s=state["lease"] / 1e6,
         level=min(state["level"], state["max"]) if state["ceiling"] else state["level"],
         in_use=int(state["in_use"]),
-        used=used,
+        used=len(freed),
         waiting_processes=int(state["waiting"]),
         processes=living,
         waiting_jobs=waiting,
         paused_for_s=math.inf if paused_until == FOREVER_US else max(0.0, (paused_until - now) / 1e6),
         closed_for_s=max(0.0, (opens - now) / 1e6),
-        next_start_s=next_start,
+        next_start_s=freed[0] if full else 0.0,
         paced_for_s=max(0.0, (state.get("next_start", 0) - now) / 1e6)
         if state.get("even") and state["rate"]
         else 0.0,
@@ -156,6 +160,8 @@ async def read_gate(client: Redis, name: str) -> GateView | None:
         paused_until=paused_until / 1e6 if now < paused_until < FOREVER_US else None,
         override=_override_view(override),
         halted=state.get("halt", 0) > 0,
+        first_freed_s=freed[0] if freed else 0.0,
+        last_freed_s=freed[-1] if freed else 0.0,
     )
 
 
@@ -196,19 +202,17 @@ def _number(value: Any) -> float:
     return number if math.isfinite(number) and number >= 0 else 0.0
 
 
-async def _window(client: Redis, keys: GateKeys, state: dict[str, float], now: float) -> tuple[int, float]:
-    """Starts inside the window, and seconds until the next place comes free."""
+async def _window(client: Redis, keys: GateKeys, state: dict[str, float], now: float) -> list[float]:
+    """Per start inside the window the seconds until it leaves it, ascending."""
     rate = int(state["rate"])
     if not rate:
-        return 0, 0.0
+        return []
     try:
         stamps: Any = await client.lrange(keys.starts, -rate, -1)  # type: ignore[misc]
     except ResponseError:
-        stamps = []
-    inside = [_number(stamp) for stamp in stamps if _number(stamp) > now - state["window"]]
-    if len(inside) < rate:
-        return len(inside), 0.0
-    return len(inside), max(0.0, (inside[0] + state["window"] - now) / 1e6)
+        return []
+    freed = ((_number(stamp) + state["window"] - now) / 1e6 for stamp in stamps)
+    return sorted(seconds for seconds in freed if seconds > 0)
 
 
 async def known_limits(client: Redis) -> list[str]:

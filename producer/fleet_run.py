@@ -27,7 +27,7 @@ from producer.found_name import found_name
 from producer.journal import Journal
 from producer.lines import check_output
 from producer.local_workers import checked_workers
-from producer.plan import Plan, measured_run_s, plan_for, room_in_redis
+from producer.plan import Plan, in_force, measured_run_s, plan_for, room_in_redis
 from producer.progress import Progress
 from producer.prune import sweep
 from producer.room import Room
@@ -161,11 +161,15 @@ class FleetRun:
         where = ""
         if run_s is None:
             run_s, where = await measured_run_s(client, self.served.name)
+        own = self.served.limits
+        limits, because = in_force(own, await read_gate(client, own.name))
         return plan_for(
             count,
             size,
-            self.served.limits,
+            limits,
             run_s,
+            ceiling=own.max_concurrent,
+            because=because,
             measured_in=where,
             keep_result_s=self.flow.keep_result_s,
             keep_s=self.settings.keep_s,

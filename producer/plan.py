@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from limiter.limits import Limits
+from limiter.view import GateView
 from producer.facts import known_batches
 from producer.follow import read
 from producer.memory import FULL, read_memory
@@ -24,15 +25,18 @@ class Plan:
     """A forecast. Times are seconds; None where nobody knows how long a run takes.
 
     Attributes:
+        max_concurrent: the ceiling; `at_a_time`: what the plan counts with, and `because`, why if that is
+            another number.
         run_s: seconds one run takes, as told or as measured; `measured_in`: the batch it was measured in.
         lasts_s: the whole batch, at least; `binds`: the limit that makes it so.
-        starts_at: where the level begins, None where it does not adapt; `max_concurrent` is its ceiling then.
         enough: runs at a time from which on the per-minute limit alone decides; None without one.
         bytes_in_redis: for its waiting items; `room_in_redis`: bytes left there, None without a limit.
     """
 
     items: int
     max_concurrent: int
+    at_a_time: int
+    because: str
     max_per_window: int | None
     window_s: float
     run_s: float | None
@@ -43,7 +47,6 @@ class Plan:
     bytes_in_redis: int
     room_in_redis: int | None
     expires: str
-    starts_at: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,6 +54,8 @@ class Plan:
     def sentences(self) -> list[str]:
         """For people, one fact each."""
         told = [f"{self.items} items at {_limits(self)}: {self._time()}"]
+        if self.because and self.binds == "window":
+            told.append(f"counted with {_at_a_time(self)}")
         if self.enough is not None and self.run_s is not None and self.binds == "concurrency":
             told.append(f"from {self.enough} at a time on, the limit per minute would be what binds")
         room = "" if self.room_in_redis is None else f" of {size_text(self.room_in_redis)} free"
@@ -70,28 +75,49 @@ class Plan:
         if not self.items:
             return "nothing to do"
         if self.lasts_s is None:
-            rounds = math.ceil(self.items / self.max_concurrent)
+            rounds = math.ceil(self.items / self.at_a_time)
             times = "as long" if rounds == 1 else f"{rounds:,} times as long"
-            return f"{times} as one run takes, which plan --seconds can say, {self.max_concurrent} at a time{self._level()}"
+            return f"{times} as one run takes, which plan --seconds can say, {_at_a_time(self)}"
         known = "" if self.run_s is None else f" with runs of {self.run_s:.3g} s"
         where = f" as in batch {self.measured_in}" if self.measured_in else ""
-        adapts = self.starts_at is not None and self.binds == "concurrency"
-        least = "at least " if self.run_s is None or adapts else "about "
-        bound = (
-            "the limit per minute binds"
-            if self.binds == "window"
-            else f"{self.max_concurrent} at a time binds{self._level()}"
-        )
+        least = "at least " if self.run_s is None else "about "
+        bound = "the limit per minute binds" if self.binds == "window" else f"{_at_a_time(self)} binds"
         return f"{least}{duration(self.lasts_s)}{known}{where}, {bound}"
-
-    def _level(self) -> str:
-        """That the number of runs at a time is the most there can be, not what there will be."""
-        return "" if self.starts_at is None else f" (the level's most; it starts at {self.starts_at})"
 
 
 def _limits(plan: Plan) -> str:
     rate = f" and {plan.max_per_window} per {plan.window_s:g} s" if plan.max_per_window else ""
-    return f"{plan.max_concurrent} at a time{rate}"
+    return f"{plan.at_a_time} at a time{rate}"
+
+
+def _at_a_time(plan: Plan) -> str:
+    because = f" ({plan.because})" if plan.because else ""
+    return f"{plan.at_a_time} at a time{because}"
+
+
+def in_force(limits: Limits, gate: GateView | None) -> tuple[Limits, str]:
+    """What a flow runs under just now, and why that is not its own `max_concurrent`.
+
+    An operator's values go before the flow's. An adaptive flow runs at the level that stands in Redis, or
+    at the one it begins with.
+    """
+    override = gate.override if gate is not None else None
+    ceiling, rate = limits.max_concurrent, limits.max_per_window
+    if override is not None:
+        ceiling = override.max_concurrent or ceiling
+        rate = rate if override.max_per_window is None else override.max_per_window or None
+    because = f"set by {override.by}" if override is not None and override.max_concurrent else ""
+    level = ceiling
+    if limits.floor < limits.max_concurrent:
+        there = gate is not None and gate.alive and gate.level >= 1
+        level = min(ceiling, int(gate.level) if there and gate is not None else limits.start)
+        if level < ceiling:
+            where = "the level in Redis now" if there else "the level it begins with"
+            because = f"{where}; the ceiling is {ceiling}"
+    now = replace(
+        limits, max_concurrent=level, max_per_window=rate, min_concurrent=None, initial_concurrent=None
+    )
+    return now, because
 
 
 def plan_for(
@@ -104,8 +130,14 @@ def plan_for(
     keep_result_s: float = 0.0,
     keep_s: float = 604_800.0,
     room_in_redis: int | None = None,
+    ceiling: int | None = None,
+    because: str = "",
 ) -> Plan:
     """The forecast for `items` whose params take `params_bytes` together.
+
+    Args:
+        limits: those that the batch would run under; `because`: why they are not the flow's own, whose
+            `max_concurrent` is `ceiling`.
 
     >>> plan_for(600, 60_000, Limits("users", 5, 60), 2.0).lasts_s
     542.0
@@ -124,7 +156,9 @@ def plan_for(
         enough = max(1, math.ceil(limits.max_per_window / limits.window_s * run_s))
     return Plan(
         items=items,
-        max_concurrent=limits.max_concurrent,
+        max_concurrent=ceiling or limits.max_concurrent,
+        at_a_time=limits.max_concurrent,
+        because=because,
         max_per_window=limits.max_per_window,
         window_s=limits.window_s,
         run_s=run_s,
@@ -135,14 +169,16 @@ def plan_for(
         bytes_in_redis=params_bytes + items * JOB_BYTES,
         room_in_redis=room_in_redis,
         expires=_expires(lasts_s, keep_result_s, keep_s),
-        starts_at=None if limits.floor == limits.max_concurrent else limits.start,
     )
 
 
 def _window_time(items: int, limits: Limits) -> float | None:
-    """When the last item may start: each window lets so many start, the first ones at once."""
+    """When the last item may start: each window lets so many start, the first ones at once (or, with even
+    pacing, one after the other)."""
     if not limits.max_per_window:
         return None
+    if limits.even:
+        return max(0, items - 1) * limits.window_s / limits.max_per_window
     return max(0, math.ceil(items / limits.max_per_window) - 1) * limits.window_s
 
 

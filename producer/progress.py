@@ -17,6 +17,7 @@ from rich.text import Text
 from limiter.printable import plain
 from limiter.view import GateView, read_gate
 from producer.debugger import prompting
+from producer.eta import seconds_left
 from worker.presence import living_workers
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ class Progress:
         shown: False says only what `say` is given.
         live: False never takes the terminal, so that a debugger can have it.
         workers: how many worker processes are being started for this batch.
+
+    Attributes:
+        before: how many of those that it counts had ended before it began; they tell nothing of the rate.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Progress:
         self.completed = 0
         self.failed = 0
         self.sent = 0
+        self.before = 0
         self.gate: GateView | None = None
         self.workers: int | None = None
         self.trouble = ""
@@ -178,16 +183,17 @@ class Progress:
         return parts + self._speed()
 
     def _speed(self) -> list[Part]:
-        elapsed = time.monotonic() - self._started
-        if not self.done or self._working_since is None:
-            return [(3, _duration(elapsed), "")]
-        rate = self.done / max(0.001, time.monotonic() - self._working_since)
-        shown: Part = (5, f"{rate:.1f}/s", "")
-        if self.done >= self.total:
-            return [shown, (3, _duration(elapsed), "")]
-        if self.gate is not None and self.gate.max_per_window:
-            rate = min(rate, self.gate.max_per_window / self.gate.window_s)
-        return [shown, (3, f"{_duration((self.total - self.done) / rate)} left", "")]
+        now, gained = time.monotonic(), max(0, self.done - self.before)
+        since = self._working_since
+        rate = gained / max(0.001, now - since) if since is not None else 0.0
+        shown: list[Part] = [(5, f"{rate:.1f}/s", "")] if gained else []
+        left_s = seconds_left(self.total - self.done, rate, self.gate) if self.done < self.total else None
+        time_: Part = (
+            3,
+            _duration(now - self._started) if left_s is None else f"{_duration(left_s)} left",
+            "",
+        )
+        return [*shown, time_]
 
     def held_back(self) -> str:
         """What keeps the batch from going faster, in words; never '' before its end."""
@@ -219,9 +225,11 @@ class Progress:
 
 def _duration(seconds: float) -> str:
     """
-    >>> _duration(2.34), _duration(42), _duration(600), _duration(90000)
-    ('2.3 s', '42 s', '10 min', '25.0 h')
+    >>> _duration(2.34), _duration(42), _duration(130), _duration(600), _duration(90000)
+    ('2.3 s', '42 s', '2 min 10 s', '10 min', '25.0 h')
     """
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 600:
+        return "{} min {:02} s".format(*divmod(int(seconds), 60))
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -123,6 +123,7 @@ class Supervision:
         sending.add_done_callback(lambda _: announced.set())
         try:
             await announced.wait()
+            self._progress.before = self._spool.count - self._journal.pending
             await self._follow(hands, sending)
             await sending
         finally:

@@ -52,6 +52,7 @@ async def wait_for(settings: ProducerSettings, batch: str, output: Path | None) 
 async def _follow(known: Known, journal: Journal | None, lines: LineFile | None) -> None:
     progress = Progress(known.flow, known.limit, known.count)
     progress.sent = known.count
+    progress.before = known.facts.done if known.facts is not None else 0
     progress.start(known.client)
     reader = open_client(known.place.url)
     follower = Follower(

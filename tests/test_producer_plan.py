@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from limiter.limits import Limits
-from producer.plan import Plan, plan_for
+from limiter.view import GateView, OverrideView
+from producer.plan import Plan, in_force, plan_for
 from tests.fleet import Site, site
 
 
@@ -54,14 +57,6 @@ def test_the_concurrency_that_would_suffice_is_named() -> None:
     assert sentences[1] == "from 2 at a time on, the limit per minute would be what binds"
 
 
-def test_the_plan_of_a_level_that_adapts_is_one_for_its_best() -> None:
-    limits = Limits("users", 20, None, min_concurrent=1, initial_concurrent=4)
-    most = "20 at a time binds (the level's most; it starts at 4)"
-    assert plan_for(400, 0, limits, 2.0).line().startswith(f"plan: at least 40 s with runs of 2 s, {most}; ")
-    said = "as one run takes, which plan --seconds can say, 20 at a time (the level's most; it starts at 4); "
-    assert said in plan_for(400, 0, limits, None).line()
-
-
 def test_a_batch_that_does_not_fit_into_redis_is_told_so() -> None:
     fits = plan(1_000, 5, None, 1.0, room_in_redis=10_000_000)
     assert "waiting, they take about 310.0 kB of Redis of 10.0 MB free" in fits.sentences()
@@ -74,6 +69,71 @@ def test_a_batch_that_does_not_fit_into_redis_is_told_so() -> None:
 def test_results_that_expire_before_the_last_item_are_named() -> None:
     assert "nothing expires while it waits or runs" in plan(100, 1, None, 60.0).expires
     assert "keep_result_s=60) of the first items expire" in plan(100, 1, None, 60.0, keep_result_s=60).expires
+
+
+def view(**values: Any) -> GateView:
+    given: dict[str, Any] = {
+        "name": "users",
+        "max_concurrent": 20,
+        "min_concurrent": 1,
+        "max_per_window": None,
+        "window_s": 60.0,
+        "lease_s": 15.0,
+        "level": 4.7,
+        "in_use": 0,
+        "used": 0,
+        "waiting_processes": 0,
+        "processes": 1,
+        "waiting_jobs": {},
+        "paused_for_s": 0.0,
+        "closed_for_s": 0.0,
+        "next_start_s": 0.0,
+        "served": True,
+    }
+    return GateView(**(given | values))
+
+
+ADAPTIVE = Limits("users", 20, None, min_concurrent=1, initial_concurrent=5)
+SET = OverrideView(
+    max_concurrent=3,
+    max_per_window=30,
+    by="ann@host",
+    at=0.0,
+    old_max_concurrent=20,
+    old_max_per_window=None,
+)
+
+
+@pytest.mark.parametrize(
+    ("limits", "gate", "at_a_time", "rate", "because"),
+    [
+        (Limits("users", 20, 60), view(level=4.0), 20, 60, ""),
+        (ADAPTIVE, view(), 4, None, "the level in Redis now; the ceiling is 20"),
+        (ADAPTIVE, view(level=20.0), 20, None, ""),
+        (ADAPTIVE, None, 5, None, "the level it begins with; the ceiling is 20"),
+        (ADAPTIVE, view(alive=False, level=0.0), 5, None, "the level it begins with; the ceiling is 20"),
+        (ADAPTIVE, view(level=3.0, override=SET), 3, 30, "set by ann@host"),
+        (Limits("users", 20, 60), view(override=SET), 3, 30, "set by ann@host"),
+        (Limits("users", 20, 60), view(override=replace(SET, max_per_window=0)), 3, None, "set by ann@host"),
+    ],
+)
+def test_a_plan_counts_with_the_level_that_stands_in_redis_and_with_an_operators_values(
+    limits: Limits, gate: GateView | None, at_a_time: int, rate: int | None, because: str
+) -> None:
+    now, why = in_force(limits, gate)
+    assert (now.max_concurrent, now.max_per_window, why) == (at_a_time, rate, because)
+
+
+def test_a_plan_says_that_it_counts_with_the_level() -> None:
+    now, because = in_force(ADAPTIVE, view())
+    found = plan_for(100, 10_000, now, 1.0, ceiling=20, because=because)
+    assert found.lasts_s == 25.0 and found.max_concurrent == 20 and found.at_a_time == 4
+    assert "4 at a time (the level in Redis now; the ceiling is 20) binds" in found.line()
+
+
+def test_even_pacing_spreads_the_starts_of_the_first_minute_too() -> None:
+    limits = Limits("users", 50, 60, even=True)
+    assert plan_for(61, 0, limits, 1.0).lasts_s == 61.0
 
 
 USERS = """
@@ -117,3 +177,39 @@ def test_a_plan_enqueues_nothing_and_knows_how_long_runs_took(place: Site) -> No
     told = place.pocketfleet("plan", "users:flow", "--set", "n=50", "--seconds", "1", "--json")
     assert told.code() == 0
     assert '"lasts_s": 10.0' in told.output()
+
+
+ADAPTIVE_FLOW = """
+import asyncio
+from pocketflow import AsyncNode
+from pocketfleet import AdaptiveThrottledBatchFlow, RateLimitHit
+
+refused = []
+
+
+class Fetch(AsyncNode):
+    async def exec_async(self, _):
+        if self.params["n"] < 2 and len(refused) < 1:
+            refused.append(1)
+            await asyncio.sleep(0.1)
+            raise RateLimitHit()
+
+
+flow = AdaptiveThrottledBatchFlow(
+    start=Fetch(), initial_concurrent_flows=8, max_concurrent_flows=16, recovery_threshold=1000
+)
+"""
+
+
+def test_after_a_refusal_the_plan_counts_with_the_cut_level(place: Site) -> None:
+    place.write("api.py", ADAPTIVE_FLOW)
+    place.write("p.jsonl", "".join(f'{{"n": {n}}}\n' for n in range(40)))
+    words = ("api:flow", "--params", "p.jsonl")
+    before = place.pocketfleet("plan", *words, "--seconds", "1")
+    assert before.code() == 0, before.output()
+    assert "8 at a time (the level it begins with; the ceiling is 16) binds" in before.output()
+    ran = place.pocketfleet("run", *words, "--workers", "1")
+    assert ran.code() == 0, ran.output()
+    after = place.pocketfleet("plan", *words, "--seconds", "1")
+    assert after.code() == 0, after.output()
+    assert "4 at a time (the level in Redis now; the ceiling is 16) binds" in after.output()
