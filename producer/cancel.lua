@@ -5,7 +5,7 @@
 -- ARGV[3]  batch    id of the batch
 -- ARGV[4]  flow     name of the flow
 -- ARGV[5]  first    index of the first item of the chunk
--- ARGV[6]  count    items of the chunk, at most 1000
+-- ARGV[6]  count    items of the chunk, at most 1000; about 4 us each
 -- ARGV[7]  what     fresh = take off only items that were never claimed, and leave the others to whoever
 --                   goes on with the batch; waiting = all that do not run; all = end those that run too
 -- ARGV[8]  outcome  with 'all': what is recorded of a run that goes on, as the worker encodes it
@@ -39,14 +39,22 @@ local over = items > 0 and (tonumber(facts[1] or '') or 0) <= 0
 if known and not over and what ~= 'fresh' then redis.call('HSET', key, 'cancelled', 1) end
 if known and not over then redis.call('HDEL', key, 'enqueued') end
 
-local ids, gone, payloads = {}, {}, {}
-for i = 1, count do ids[i] = '{' .. limit .. '}:' .. batch .. ':' .. whole(first + i - 1) end
-local scores = redis.call('ZMSCORE', queue, unpack(ids))
-local records = redis.call('HMGET', JOBS, unpack(ids))
+-- Item of the call -> its job id, and what is known of it: a record (it was claimed once) and, where it has
+-- one, its score in the queue. Most items of a long queue have neither and cost no look.
+local indexes, ids, before = {}, {}, '{' .. limit .. '}:' .. batch .. ':'
+for i = 1, count do
+  indexes[i] = string.format('%d', first + i - 1)
+  ids[i] = before .. indexes[i]
+end
+local records = redis.call('EXISTS', JOBS) == 1 and redis.call('HMGET', JOBS, unpack(ids)) or {}
+
+local function score_of(i)
+  return tonumber(redis.call('ZSCORE', queue, ids[i]) or '')
+end
 
 -- Record the end of a run that goes on, and tell its process.
 local function abort(i, job)
-  local index = whole(first + i - 1)
+  local index = indexes[i]
   redis.call('XADD', ROOT .. 'out:' .. batch, '*', 'i', index, 't', whole(job.attempt), 's', 'aborted', 'o', outcome)
   redis.call('SETBIT', ROOT .. 'done:' .. batch, index, 1)
   local process = redis.call('GET', 'arq:in-progress:' .. ids[i])
@@ -55,32 +63,39 @@ local function abort(i, job)
   end
 end
 
-local taken, ended = 0, 0
-for i, score in ipairs(scores) do
-  local job = records[i] and read_job(records[i])
-  local runs = job and score and tonumber(score) > PARKED
-  if score and (what == 'all' or not job or (what == 'waiting' and not runs)) then
-    if runs then
-      abort(i, job)
-      ended = ended + 1
-    else
-      taken = taken + 1
-    end
-    if job then redis.call('ZREM', LATER, ids[i]) end
-    gone[#gone + 1] = ids[i]
-    payloads[#payloads + 1] = 'arq:job:' .. ids[i]
-    if job then
-      payloads[#payloads + 1] = 'arq:in-progress:' .. ids[i]
-      payloads[#payloads + 1] = ROOT .. 'kept:' .. batch .. ':' .. whole(first + i - 1)
-    end
+-- Take an item that was claimed once off the queue, unless it is to go on.
+local claimed, beside, ended = {}, {}, 0
+local function take_claimed(i, job, score)
+  local runs = job and score > PARKED -- a record that cannot be read goes with its item
+  if job and what == 'fresh' or (runs and what ~= 'all') then return false end
+  if runs then
+    abort(i, job)
+    ended = ended + 1
+  end
+  redis.call('ZREM', LATER, ids[i])
+  claimed[#claimed + 1] = ids[i]
+  beside[#beside + 1] = 'arq:in-progress:' .. ids[i]
+  beside[#beside + 1] = ROOT .. 'kept:' .. batch .. ':' .. indexes[i]
+  return true
+end
+
+local gone, payloads, n = {}, {}, 0
+for i = 1, count do
+  local score = records[i] and score_of(i)
+  if not records[i] or (score and take_claimed(i, read_job(records[i]), score)) then
+    n = n + 1
+    gone[n], payloads[n] = ids[i], 'arq:job:' .. ids[i]
   end
 end
-if #gone == 0 then return { 0, 0, tonumber(redis.call('HGET', key, 'left') or '') or 0 } end
+local taken = n > 0 and redis.call('ZREM', queue, unpack(gone)) - ended or 0
+if taken + ended == 0 then return { 0, 0, tonumber(redis.call('HGET', key, 'left') or '') or 0 } end
 
-redis.call('ZREM', queue, unpack(gone))
-redis.call('HDEL', JOBS, unpack(gone))
-redis.call('HDEL', SAVED, unpack(gone))
 redis.call('DEL', unpack(payloads))
+if #claimed > 0 then
+  redis.call('HDEL', JOBS, unpack(claimed))
+  redis.call('HDEL', SAVED, unpack(claimed))
+  redis.call('DEL', unpack(beside))
+end
 if not known then return { taken, ended, 0 } end
 if ended > 0 then redis.call('HINCRBY', key, 'aborted', ended) end
 local left = redis.call('HINCRBY', key, 'left', -(taken + ended))
