@@ -12,9 +12,9 @@ from typing import Any
 
 from producer.errors import ProducerError, SpoolError
 from producer.facts import Facts
-from producer.inputs import checked_params
 from producer.item_keys import key_of
 from producer.manifest import Item, continued, same_as_announced
+from producer.params import checked_params
 from producer.spool import Spool
 from producer.spool_writer import SpoolWriter
 from worker.codec import CannotTravel, travels

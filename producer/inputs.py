@@ -1,10 +1,9 @@
-"""What enters from outside: `--set`, `--shared`, `--params`, and the check of each param dict."""
+"""What the command line brings: `--set`, `--shared` and the files of `--params`."""
 
 from __future__ import annotations
 
 import csv
 import json
-import math
 import os
 import shlex
 import stat
@@ -14,83 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from producer.errors import InputError, ParamsError
-from worker import codec
+from producer.errors import InputError
+from producer.strict_json import NotJson, read_json
 
-MAX_PARAMS_BYTES = 262_144
 LONGEST_LINE = 16 * 1024 * 1024
 STDIN = "-"
 
-_SCALARS = frozenset((str, int, float, bool, bytes, type(None)))
-_TEXT = frozenset((str,))
 _Reader = Callable[[Iterator[tuple[int, bytes]], str], Iterator[dict[str, Any]]]
 _BOM = b"\xef\xbb\xbf"
-
-
-def checked_params(
-    index: int, value: object, max_bytes: int = MAX_PARAMS_BYTES, where: str = "prep_async"
-) -> bytes:
-    """One param dict, encoded, after making sure that it arrives equal and of the same types.
-
-    Tuples are the exception: they arrive as lists. `where` names the source in the sentence.
-
-    Raises:
-        ParamsError: with the item's index and the path of the first entry that cannot travel.
-    """
-    if type(value) is not dict:
-        problem = f" is of type {type(value).__name__}, not dict; pass one dict of params per item"
-        raise _refused(index, where, problem)
-    encoded = _plain_encoded(value) or _compared(index, value, where)
-    if len(encoded) > max_bytes:
-        sizes = f"takes {len(encoded):,} bytes encoded, {max_bytes:,} are allowed"
-        problem = f" {sizes}; pass a path or a key to the data"
-        raise _refused(index, where, problem)
-    return encoded
-
-
-def _plain_encoded(params: dict[Any, Any]) -> bytes | None:
-    """The encoded dict if its types alone show that it comes back as it is, else None."""
-    if not _all_text(params) or not _plain(params.values(), codec.DEPTH):
-        return None
-    try:
-        return codec.encode(params)
-    except (ValueError, OverflowError):  # a lone surrogate or an int past 64 bits: `_compared` names it
-        return None
-
-
-def _plain(entries: Iterable[Any], depth: int) -> bool:
-    for entry in entries:
-        kind = type(entry)
-        if kind in _SCALARS:
-            if kind is float and math.isnan(entry):
-                return False
-        elif kind is dict:
-            if depth == 0 or not _all_text(entry) or not _plain(entry.values(), depth - 1):
-                return False
-        elif (kind is not list and kind is not tuple) or depth == 0 or not _plain(entry, depth - 1):
-            return False
-    return True
-
-
-def _all_text(keys: Iterable[Any]) -> bool:
-    return _TEXT.issuperset(map(type, keys))
-
-
-def _compared(index: int, params: dict[Any, Any], where: str) -> bytes:
-    for key in params:
-        if type(key) is not str:
-            problem = f": the key {key!r:.80} is of type {type(key).__name__}, not str; use text keys"
-            raise _refused(index, where, problem)
-    try:
-        codec.blame(params, "", 0)  # bounds the depth before anything recurses
-        return codec.travels(params)
-    except codec.CannotTravel as fault:
-        path = fault.path if len(fault.path) <= 120 else f"{fault.path[:80]} ... {fault.path[-35:]}"
-        raise _refused(index, where, f": {path or 'it'} {fault.reason}", fault.path) from None
-
-
-def _refused(index: int, where: str, problem: str, path: str = "") -> ParamsError:
-    return ParamsError(f"item {index} of {where}{problem}. Nothing was enqueued.", index=index, path=path)
 
 
 def parse_set(settings: Iterable[str]) -> dict[str, Any]:
@@ -111,8 +41,8 @@ def parse_set(settings: Iterable[str]) -> dict[str, Any]:
         if key in shared:
             raise InputError(f"{shown}: {key!r:.80} is set twice; keep one", source="--set")
         try:
-            shared[key] = _json(text)
-        except _NotJson as fault:
+            shared[key] = read_json(text)
+        except NotJson as fault:
             mend = _set_mend(key, text)
             sentence = f"{shown}: {_shown(repr(text))} is not JSON; {mend}"
             if fault.ours:
@@ -232,62 +162,16 @@ def _check_header(header: list[str], name: str, number: int) -> None:
         _bad_line(name, number, f"the header {header[0]!r:.80} has no comma; separate cells by commas")
 
 
-class _NotJson(ValueError):
-    """Why a text is not JSON; `ours` says that plain JSON parsers would take it."""
-
-    def __init__(self, reason: str, line: int = 0, column: int = 0, *, ours: bool = False) -> None:
-        super().__init__(reason)
-        self.line = line
-        self.column = column
-        self.ours = ours
-
-
 def _json_of(data: bytes, name: str, number: int) -> Any:
     """The value of `data`; `number` is its line in the file, 0 if it is the whole file."""
     text = _text(data, name, number)
     try:
-        return _json(text)
-    except _NotJson as fault:
+        return read_json(text)
+    except NotJson as fault:
         line = number or fault.line
         one = "one JSON object per line" if number else "one JSON object"
         reason = str(fault) if fault.ours else f"not JSON ({fault}); write {one}"
         _bad_line(name, line, reason, column=fault.column)
-
-
-def _json(text: str) -> Any:
-    try:
-        return _decoder.decode(text)
-    except json.JSONDecodeError as fault:
-        raise _NotJson(fault.msg[:1].lower() + fault.msg[1:], fault.lineno, fault.colno) from None
-    except RecursionError:
-        raise _NotJson("the JSON is nested too deep; flatten it", ours=True) from None
-    except _NotJson:
-        raise
-    except ValueError:  # Python refuses to read an int of more than 4,300 digits
-        raise _NotJson("a number has too many digits; write it as text", ours=True) from None
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        _refuse_constant(text)
-    return number
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise _NotJson(f"{text} is not a finite number; use null or text", ours=True)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twin = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _NotJson(f"the key {twin!r:.80} stands twice in one object; keep one", ours=True)
-    return found
-
-
-_decoder = json.JSONDecoder(object_pairs_hook=_object, parse_float=_finite, parse_constant=_refuse_constant)
 
 
 @contextmanager

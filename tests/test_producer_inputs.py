@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from producer.errors import InputError, ParamsError
-from producer.inputs import checked_params, merged_shared, parse_set, read_params, read_shared
+from producer.inputs import merged_shared, parse_set, read_params, read_shared
+from producer.params import checked_params
 from worker import codec
 
 _scalars = (

@@ -24,11 +24,11 @@ from limiter.errors import LimitsError
 from producer.batch_lock import BatchLock
 from producer.errors import ParamsError, SpoolError
 from producer.facts import Facts
-from producer.inputs import checked_params
 from producer.item_keys import key_of
 from producer.journal import Journal
 from producer.lines import LineFile
 from producer.manifest import continued, same_as_announced
+from producer.params import checked_params
 from producer.spool import Spool, digest
 from producer.spool_writer import SpoolGrowth, SpoolWriter
 from worker import codec
