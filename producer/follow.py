@@ -14,8 +14,9 @@ from worker.contract import FAILED, LOST, Failure, Outcome, decode_outcome
 
 BLOCK_MS = 2000
 READ = 1000
-GATHER_S = 0.02
-"""After a short read, that long for more to come, so that a busy batch costs few reads."""
+GATHER_S, LONGEST_GATHER_S = 0.02, 0.5
+TOGETHER = 200
+"""So many outcomes are worth a read: that is what the time between two reads is for."""
 
 
 class Ended(msgspec.Struct):
@@ -58,6 +59,21 @@ class _RetryOnly(msgspec.Struct):
 
 
 _retries = msgspec.msgpack.Decoder(_RetryOnly)
+
+
+def gather_s(found: int, took_s: float, pending: int) -> float:
+    """Seconds to let outcomes gather after a read that brought `found` of them.
+
+    At the pace of that read, until `TOGETHER` or half of those still `pending` have come: a busy batch
+    costs few reads, a slow one two a second, and the end of neither is seen late.
+
+    >>> gather_s(1000, 0.1, 50_000), gather_s(50, 0.05, 50_000), gather_s(1, 0.1, 50_000), gather_s(5, 0.1, 4)
+    (0.0, 0.2, 0.5, 0.04)
+    """
+    if not 0 < found < READ:
+        return 0.0
+    wanted_s = min(TOGETHER, pending / 2) * took_s / found
+    return min(LONGEST_GATHER_S, max(GATHER_S, wanted_s))
 
 
 async def outcomes(

@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 
 from limiter.keys import GateKeys
 from producer.facts import Facts, read_facts
-from producer.follow import GATHER_S, READ, Ended, read
+from producer.follow import Ended, gather_s, read
 from producer.journal import Journal
 from worker.contract import job_id
 
@@ -79,15 +79,23 @@ class Follower:
             kept = self._journal.latest()
             while some := list(islice(kept, TOGETHER)):
                 yield some
+        came_at = monotonic()
         while not self._over():
             found = await self._read()
+            before, came_at = came_at, monotonic()
             fresh = self._take(found)
             yield fresh
             if monotonic() >= self._look_at:
                 await self._look()
                 self._look_at = monotonic() + (LOOK_BUSY_S if found else LOOK_IDLE_S)
-            if 0 < len(found) < READ:
-                await asyncio.sleep(GATHER_S)
+            if found:
+                await asyncio.sleep(gather_s(len(found), came_at - before, self._pending()))
+
+    def _pending(self) -> int:
+        """Items that have not ended, as far as anybody here knows."""
+        if self._journal is not None:
+            return self._journal.pending
+        return self.facts.left if self.facts is not None else 0
 
     async def _read(self) -> list[Ended]:
         # nothing of it is left: what stands in the stream is all there is, and needs no waiting for
