@@ -16,7 +16,7 @@ from producer.follow import read
 from producer.memory import FULL, read_memory
 from producer.texts import duration, size_text
 
-JOB_BYTES = 210
+JOB_BYTES = 350
 """What Redis needs for a waiting item beside its params, measured: key, payload's frame, place in the queue."""
 
 

@@ -59,7 +59,7 @@ def test_the_concurrency_that_would_suffice_is_named() -> None:
 
 def test_a_batch_that_does_not_fit_into_redis_is_told_so() -> None:
     fits = plan(1_000, 5, None, 1.0, room_in_redis=10_000_000)
-    assert "waiting, they take about 310.0 kB of Redis of 10.0 MB free" in fits.sentences()
+    assert "waiting, they take about 450.0 kB of Redis of 10.0 MB free" in fits.sentences()
     assert not any("does not fit" in each for each in fits.sentences())
     assert any(
         "does not fit" in each for each in plan(1_000, 5, None, 1.0, room_in_redis=300_000).sentences()
