@@ -18,7 +18,18 @@ from benchmarks.bench import Bench
 from benchmarks.plot import draw
 from benchmarks.report import Result, markdown, show
 
-NAMES = ("seed_table", "noop_flows", "handoff", "dispatch", "idle", "permits", "enqueue", "adaptive")
+NAMES = (
+    "seed_table",
+    "noop_flows",
+    "handoff",
+    "dispatch",
+    "idle",
+    "permits",
+    "enqueue",
+    "footprint",
+    "gather",
+    "adaptive",
+)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The peer arq, tuned: looks every 0.02 s, 100 jobs at a time, keeps no results, has no limits, logs nothing.
 
-`python -m benchmarks.arq_peer work` is one worker process, `... put COUNT` enqueues with 32 calls in
-flight and prints how long it took.
+`python -m benchmarks.arq_peer work` is one worker process, `... put COUNT [IN_FLIGHT]` enqueues with that many
+calls in flight (32) and prints how long it took, `... put_params COUNT` the same with a dict of params.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from arq import create_pool, run_worker
 from arq.connections import RedisSettings
 
 from benchmarks.line import stand_ready
+from benchmarks.put import items
 
 IN_FLIGHT = 32
 QUEUE = "arq:queue"
@@ -41,16 +42,15 @@ def work() -> None:
     run_worker(type("Tuned", (), worker | tuned))
 
 
-async def put(count: int) -> float:
+async def put(given: Iterator[Any], in_flight: int = IN_FLIGHT) -> float:
     pool = await create_pool(settings())
-    numbers = iter(range(count))
 
-    async def line(mine: Iterator[int]) -> None:
-        for number in mine:
-            await pool.enqueue_job("noop", number)
+    async def line(mine: Iterator[Any]) -> None:
+        for each in mine:
+            await pool.enqueue_job("noop", each)
 
     began = perf_counter()
-    await asyncio.gather(*(line(numbers) for _ in range(IN_FLIGHT)))
+    await asyncio.gather(*(line(given) for _ in range(in_flight)))
     took = perf_counter() - began
     await pool.aclose()
     return took
@@ -59,5 +59,9 @@ async def put(count: int) -> float:
 if __name__ == "__main__":
     if sys.argv[1] == "work":
         work()
+    elif sys.argv[1] == "put":
+        print(
+            json.dumps({"seconds": asyncio.run(put(iter(range(int(sys.argv[2]))), *map(int, sys.argv[3:])))})
+        )
     else:
-        print(json.dumps({"seconds": asyncio.run(put(int(sys.argv[2])))}))
+        print(json.dumps({"seconds": asyncio.run(put(items(int(sys.argv[2]), {"seconds": 0.5})))}))
