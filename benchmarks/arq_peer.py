@@ -33,7 +33,9 @@ async def startup(ctx: dict[Any, Any]) -> None:
 
 
 def settings() -> RedisSettings:
-    return RedisSettings.from_dsn(os.environ["BENCH_URL"])
+    found = RedisSettings.from_dsn(os.environ["BENCH_URL"])
+    found.conn_timeout = 10  # of its default, 1 s, a busy machine takes more
+    return found
 
 
 def work() -> None:

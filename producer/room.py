@@ -22,7 +22,7 @@ from producer.who_runs import unserved
 
 LOOK_EVERY_S = 1.0
 FIRST_HOLD_S, LONGEST_HOLD_S = 0.05, 1.0
-STILL_S, SAY_EVERY_S = 5.0, 60.0
+STILL_S, SAY_EVERY_S = 10.0, 60.0
 PATIENCE_S = 600.0
 DIP = 0.005
 """Share of the limit by which memory has to fall to count as a movement."""
@@ -48,7 +48,7 @@ class Room:
 
     Args:
         patience_s: raise after that long in which nothing moved: memory did not fall, no item of the flow's
-            queue ended, and no worker of the flow was at work.
+            queue ended, and no worker of the flow was at work or paused.
         note: hears what it waits for, in words for a progress line, and '' when it goes on; None: `say` hears
             it at most once a minute.
         say: hears a sentence when nothing moves, at most once a minute.
@@ -137,7 +137,7 @@ class Room:
         waiting, left = await self._waiting()
         if self._still is None:
             self._still = _Still(now, memory.used, waiting, left)
-        at_work = not missing and memory.share < 1 and await self._runs()
+        at_work = not missing and memory.share < 1 and await self._goes_on()
         still_s = self._still.since(now, memory, waiting, left, at_work=at_work)
         if still_s > self._patience_s:
             raise RoomError(self._given_up(memory, missing, still_s, left), self._spool.batch)
@@ -159,9 +159,10 @@ class Room:
             waiting, left = await pipe.execute()
         return int(waiting), int(left or 0)
 
-    async def _runs(self) -> bool:
+    async def _goes_on(self) -> bool:
+        """Whether runs are at work, or paused: what somebody paused goes on when they say so."""
         gate = await read_gate(self._client, self._spool.limit)
-        return gate is not None and gate.in_use > 0
+        return gate is not None and (gate.in_use > 0 or gate.paused_for_s > 0)
 
     def _given_up(self, memory: Memory, missing: str, still_s: float, left: int) -> str:
         return (

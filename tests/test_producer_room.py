@@ -69,7 +69,7 @@ def test_a_batch_larger_than_redis_goes_through_it_beneath_its_memory_limit(plac
 
 def test_nobody_drains_so_it_says_so_gives_up_and_the_same_id_goes_on(place: Site) -> None:
     limited(place, 12 * MB)
-    producer = enqueue(place, POCKETFLEET_MEMORY_PATIENCE_S=7)
+    producer = enqueue(place, POCKETFLEET_MEMORY_PATIENCE_S=12)
     assert producer.code() == 3, producer.output()
     words, *_, last = producer.output().splitlines()[-2:]
     assert "and nothing has made room for" in words and "no worker serves pages:flow" in words
