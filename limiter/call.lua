@@ -17,7 +17,7 @@ local now = clock(state)
 -- What this call finds and decides: limits in force, places free, who is told. With other gates of the
 -- same call (together.lua): permits given by all of them, whether more are waited for here, and for how
 -- many us a place is kept free for them. `kept`: places kept free, not to be given in this call.
-local gate = { several = false, together = 0, stands = false, keep_us = 0, kept = 0 }
+local gate = { several = false, together = 0, stands = false, keep_us = 0, kept = 0, refusals = 0 }
 local returned_flows = {} -- flows some of whose jobs came back to the queue in this call
 local delayed = {} -- flow -> earliest due time of the runs refused in this call
 

@@ -57,7 +57,8 @@ local GRACE = 200000 -- us a woken head may stay silent before it goes to the ta
 --   touched     when the lifetimes were last renewed, us
 --   flows       number of flows served
 --   config_from start of the process whose limits are in force, us
---   bound       whole level at which the last cut fell; 0 = none known
+--   bound       least level known to be refused, whole: where the last cut fell, less one for each further
+--               refusal of its spell; 0 = none known
 --   rounds      levels' worths of successes since the last cut, a float
 --   streak      cuts since the last success
 --   halt        us for which the fleet last halted of itself; 0 = not since the last success

@@ -1,8 +1,5 @@
 -- level: how many runs the fleet may have in progress, learnt from successes and refusals. Part of sync.lua.
 
--- Levels' worths of successes before what was refused is tried again; where growth jumps, and a cut is deep,
--- trying costs more.
-local ROUNDS = { threshold = 6, additive = 3 }
 local LONGEST_HALT = 16000000 -- us
 
 -- Made only by a call that changes the level.
@@ -10,26 +7,30 @@ local function lesson()
   local learn = {}
 
   -- By threshold: after enough successes by a factor, and by one at least, so that 1 comes back. Additive
-  -- growth is TCP's: one per level's worth of successes; one per success while no bound is known, and beyond
-  -- the one that is: whoever got past it knows that it has moved.
+  -- growth is TCP's slow start up to just below what was refused: one per success. At the bound it is one per
+  -- level's worth: a whole one, of runs that began there, has to go well before it is steep again. Runs that
+  -- began together end together, so that less would prove nothing.
   local function grown()
     local level = state.level
     if state.additive == 1 then
-      return level + (level >= state.bound + 0.5 and call.successes or call.successes / level)
+      local at_bound = level >= state.bound and level < state.bound + 1
+      return level + (at_bound and call.successes / level or call.successes)
     end
     if state.oks < state.threshold then return level end
     return math.max(level + 1, level * state.factor)
   end
 
-  -- The level at which the last cut fell is tried again after ROUNDS; until then the level stays below it.
+  -- What was refused is tried again after so many levels' worths of successes, until then the level stays below
+  -- it: the deeper the cut, the more a trial costs, and the most where growth jumps.
+  local function rounds() return state.additive == 1 and 2 + 4 * (1 - state.backoff) or 6 end
+
   function learn.growth(ceiling)
     local level, bound = state.level, state.bound
     state.oks = state.oks + call.successes
     state.rounds = state.rounds + call.successes / level
     local higher = grown()
     if level < bound and higher >= bound then
-      local rounds = state.additive == 1 and ROUNDS.additive or ROUNDS.threshold
-      higher = state.rounds < rounds and math.max(level, bound - 0.01) or bound
+      higher = state.rounds < rounds() and math.max(level, bound - 0.01) or bound
     end
     if higher <= level then return end
     higher = math.min(ceiling, higher)
@@ -45,16 +46,23 @@ local function lesson()
     state.pause = math.max(state.pause, now + state.halt)
   end
 
+  -- Beside the refusal that cuts, those of the same spell cut nothing, but each is a run that did not fit: the
+  -- bound falls by one, and stays above the level.
+  function learn.did_not_fit(count)
+    state.bound = math.min(state.bound, math.max(math.floor(state.level) + 1, state.bound - count))
+  end
+
   -- A cut that follows another with no success between squares the factor, down to a half: from 40 to 5 by
   -- 0.9 are 4 refusals and not 20.
   function learn.cut(floor, ceiling)
     local before = state.level
     local factor = math.max(math.min(0.5, state.backoff), state.backoff ^ (2 ^ state.streak))
-    if gate.comes_back and state.streak > 0 and before <= floor and floor < ceiling then halt() end
+    if gate.refusals > 0 and state.streak > 0 and before <= floor and floor < ceiling then halt() end
     state.bound, state.rounds = math.floor(before), 0
     state.level = math.max(floor, before * factor)
     trail().cut(before)
     state.cut, state.oks, state.quiet, state.streak = state.attempt, 0, now, math.min(10, state.streak + 1)
+    learn.did_not_fit(math.max(1, gate.refusals) - 1)
   end
 
   return learn
@@ -74,9 +82,12 @@ local function adapt(in_use_before)
   end
   if call.refused > 0 and (call.refused > state.cut or now - state.quiet > 30000000) then
     lesson().cut(math.min(state.min, ceiling), ceiling)
-  elseif call.successes > 0 and call.counted_under == state.cut then
-    state.quiet, state.streak, state.halt = now, 0, 0
-    if in_use_before >= math.floor(state.level) and state.level < ceiling then lesson().growth(ceiling) end
+  else
+    if call.refused > 0 then lesson().did_not_fit(math.max(1, gate.refusals)) end
+    if call.successes > 0 and call.counted_under == state.cut then
+      state.quiet, state.streak, state.halt = now, 0, 0
+      if in_use_before >= math.floor(state.level) and state.level < ceiling then lesson().growth(ceiling) end
+    end
   end
   if call.reset then rules().reset_level(state, now, 'asked for', me) end
 end

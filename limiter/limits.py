@@ -85,7 +85,7 @@ class Limits:
         min_concurrent, initial_concurrent: floor and start of the level (default: fixed at max).
         backoff_factor: the level is multiplied by it once per episode of refusals.
         recovery_threshold, recovery_factor: successes before the level grows, and by how much.
-        additive: grow as TCP does instead: one per success at first, then one per level's worth.
+        additive: grow as TCP does instead: one per success, one per level's worth where it was refused.
         even: spread the starts over the window instead of letting them come at once.
         window_s: length of the window, seconds. Flows use 60; tests and benchmarks shorten it.
         lease_s: how long a process keeps its slots without a word, seconds.

@@ -120,7 +120,7 @@ end
 local SETTLE = {
   refuse = function(id, job, delay)
     job.refused = job.refused + 1
-    gate.comes_back = true
+    gate.refusals = gate.refusals + 1
     put_off(id, job, math.max(now + tonumber(delay), state.pause))
   end,
   wait = function(id, job, delay) put_off(id, job, now + tonumber(delay)) end,

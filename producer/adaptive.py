@@ -24,11 +24,11 @@ class AdaptiveThrottledBatchFlow(ThrottledAsyncParallelBatchFlow):
         backoff_factor: the level is multiplied by it, once per spell of refusals (0.01 to 1).
         recovery_threshold, recovery_factor: after so many successes the level grows by that factor,
             and by one at least.
-        recovery: "threshold" (that rule) or "additive" (TCP's: one more per level's worth of successes;
-            steep until the first refusal, and again where the level gets past the last one).
+        recovery: "threshold" (that rule) or "additive" (TCP's: steep up to just below what was last
+            refused, there one more per level's worth of successes, and steep again once past it).
 
-    The level at which the last cut fell is tried again after three levels' worth of successes (additive) or
-    six (threshold). Cuts with no success between them go deeper, down to a half. Where the level can fall no
+    What was refused is tried again after two to six levels' worth of successes (additive: the deeper the cut,
+    the later) or six (threshold). Cuts with no success between them go deeper, down to a half. Where the level can fall no
     further the fleet halts, for 1 s, then twice as long each time up to 16 s, until a run succeeds.
     docs/backoff.md says when to use which.
     """

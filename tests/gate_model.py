@@ -515,7 +515,7 @@ class Ledger:
         member.extended = False
         before = self.in_use()
         refused = self._settle(call, member, now)
-        self.put_off = any(e.what == "refuse" and e.job not in refused for e in call.entries)
+        self.put_off = sum(e.what == "refuse" and e.job not in refused for e in call.entries)
         assert answer.refused == refused, f"named {answer.refused}, should be {refused}"
         assert answer.status == int(unknown), (answer.status, unknown)
         self.counts["unknown"] += unknown
@@ -650,10 +650,12 @@ class Ledger:
             self._reset_level()
         if call.refused and (call.refused > self.cut or now - self.quiet > 30_000_000):
             self._cut(bottom, top, now)
-        elif call.successes and call.counted_under == self.cut:
-            self.quiet, self.cuts_in_a_row, self.halted = now, 0, 0
-            if in_use >= math.floor(self.level) and self.level < top:
-                self._grow(call.successes, top)
+        else:
+            self._unfit(max(1, self.put_off) if call.refused else 0)
+            if call.successes and call.counted_under == self.cut:
+                self.quiet, self.cuts_in_a_row, self.halted = now, 0, 0
+                if in_use >= math.floor(self.level) and self.level < top:
+                    self._grow(call.successes, top)
         if call.reset:
             self._reset_level()
 
@@ -674,22 +676,29 @@ class Ledger:
         self.cut, self.oks, self.quiet = self.attempt, 0, now
         self.cuts_in_a_row = min(self.cuts_in_a_row + 1, 10)
         self.counts["cuts"] += 1
+        self._unfit(max(0, self.put_off - 1))
+
+    def _unfit(self, more: int) -> None:
+        """So many more were refused in the spell: as many fewer fit, but surely what the cut has left."""
+        for _ in range(more):
+            if self.known_bad - 1 > math.floor(self.level):
+                self.known_bad -= 1
 
     def _grow(self, successes: int, top: float) -> None:
         """By the rule of the limit, but not to what was refused before enough rounds of successes came."""
-        _, _, _, _, _, _, _, threshold, factor, additive, *_ = self.limits
+        backoff, threshold, factor, additive = self.limits[6:10]
         self.oks += successes
         self.rounds += successes / self.level
         wanted = self.level
-        if additive and self.level >= self.known_bad + 0.5:
-            wanted += successes
-        elif additive:
+        if additive and 0 <= self.level - self.known_bad < 1:
             wanted += successes / self.level
+        elif additive:
+            wanted += successes
         elif self.oks >= threshold:
             wanted = max(wanted + 1, wanted * factor)
         if self.level < self.known_bad <= wanted:
             wanted = float(self.known_bad)
-            if self.rounds < (3 if additive else 6):
+            if self.rounds < (2 + 4 * (1 - backoff) if additive else 6):
                 wanted = max(self.level, wanted - 0.01)
         if wanted != self.level:
             self.level, self.oks = min(top, wanted), 0

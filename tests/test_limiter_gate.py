@@ -234,15 +234,34 @@ TABLES: dict[str, list[Row]] = {
         (5, ask("A", 6, GENTLE, successes=1, counted_under=T0 + 4, permits=1), {"permits": 1}),
         (6, ask("A", 7, GENTLE, refused=T0 + 6, permits=1), {"level": approx(23.914845 * 0.9)}),
     ],
-    "additive_is_steep_until_refused_then_one_per_level_and_steep_again_past_the_bound": [
+    "additive_is_steep_to_just_below_what_was_refused_then_tries_it_and_is_steep_again_past_it": [
         (0, ask("A", 1, ADDING, permits=4), {"level": 4, "permits": 4}),
         (1, ask("A", 2, ADDING, held=0, successes=4, permits=8), {"level": 8, "permits": 8}),
         (2, ask("A", 3, ADDING, held=0, refused=T0 + 12, permits=4), {"level": 4, "permits": 4}),
-        (3, ask("A", 4, ADDING, held=4, successes=4, counted_under=T0 + 12, permits=1), {"level": 5}),
-        (4, ask("A", 5, ADDING, held=5, successes=10, counted_under=T0 + 12, permits=2), {"level": 7}),
-        (5, ask("A", 6, ADDING, held=7, successes=7, counted_under=T0 + 12, permits=1), {"level": 8}),
-        (6, ask("A", 7, ADDING, held=8, successes=8, counted_under=T0 + 12, permits=1), {"level": 9}),
-        (7, ask("A", 8, ADDING, held=9, successes=6, counted_under=T0 + 12), {"level": 15}),
+        (3, ask("A", 4, ADDING, held=4, successes=2, counted_under=T0 + 12, permits=2), {"level": 6}),
+        (
+            4,
+            ask("A", 5, ADDING, held=6, successes=6, counted_under=T0 + 12, permits=1),
+            {"level": approx(7.99)},
+        ),
+        (5, ask("A", 6, ADDING, held=7, successes=19, counted_under=T0 + 12), {"level": approx(7.99)}),
+        (6, ask("A", 7, ADDING, held=7, successes=1, counted_under=T0 + 12, permits=1), {"level": 8}),
+        (7, ask("A", 8, ADDING, held=8, successes=4, counted_under=T0 + 12), {"level": 8.5}),
+        (
+            8,
+            ask("A", 9, ADDING, held=8, successes=5, counted_under=T0 + 12, permits=1),
+            {"level": 8.5 + 5 / 8.5},
+        ),
+        (9, ask("A", 10, ADDING, held=9, successes=6, counted_under=T0 + 12), {"level": 14.5 + 5 / 8.5}),
+    ],
+    "further_refusals_of_a_spell_lower_what_is_tried_again_and_not_the_level": [
+        (0, ask("A", 1, ADDING, permits=4), {"level": 4}),
+        (1, ask("A", 2, ADDING, held=0, successes=4, permits=8), {"level": 8, "permits": 8}),
+        (2, ask("A", 3, ADDING, held=7, refused=T0 + 12), {"level": 4, "cut": T0 + 12}),
+        (3, ask("A", 4, ADDING, held=6, refused=T0 + 11), {"level": 4}),
+        (4, ask("A", 5, ADDING, held=5, refused=T0 + 10), {"level": 4}),
+        (5, ask("A", 6, ADDING, held=0, permits=4), {"permits": 4}),
+        (6, ask("A", 7, ADDING, held=4, successes=9, counted_under=T0 + 12), {"level": approx(5.99)}),
     ],
     "what_was_refused_is_tried_again_after_six_levels_of_successes": [
         (0, ask("A", 1, EAGER, permits=8), {"level": 8}),
@@ -733,6 +752,23 @@ def test_where_the_level_can_fall_no_further_the_fleet_halts_twice_as_long_each_
         attempt, after, seq = answer.jobs[0].attempt, after + 1, seq + 1
     answer = says(ledger, after, ask("A", seq, TWO, refused=attempt, permits=1, flows=("f",)))
     assert (answer.level, answer.permits) == (1, 1), "what was refused did not come back"
+
+
+@pytest.mark.parametrize(("refused", "tried_again"), [(1, 8), (3, 6), (8, 5)])
+def test_each_run_refused_in_one_call_is_one_that_did_not_fit(
+    ledger: Ledger, refused: int, tried_again: int
+) -> None:
+    """All at once they cut the level once; it comes back to just below what did fit, at least to what is left."""
+    limits = Limits("L", 20, min_concurrent=1, initial_concurrent=8, additive=True)
+    put(ledger, 0, 30)
+    taken = says(ledger, 0, jobs("A", 1, 8, limits)).jobs
+    back = [Entry(job.id, job.attempt, 1, "refuse", 60 * S) for job in taken[:refused]]
+    attempt = max(job.attempt for job in taken)
+    answer = says(ledger, 1, jobs("A", 2, 0, limits, held=8 - refused, refused=attempt, entries=back))
+    assert answer.level == 4
+    says(ledger, 2, ask("A", 3, limits, held=0, permits=4, flows=("f",)))
+    answer = says(ledger, 3, ask("A", 4, limits, held=4, successes=9, counted_under=answer.cut, flows=("f",)))
+    assert answer.level == approx(tried_again - 0.01)
 
 
 # leaving ---------------------------------------------------------------------------------------
