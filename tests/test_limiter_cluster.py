@@ -10,9 +10,9 @@ import pytest
 import redis
 from redis.crc import key_slot
 
+from limiter.current import current_process
 from limiter.errors import LimitsError
 from limiter.limit import limit
-from limiter.process import current_process
 from tests import servers
 from tests.faults import free_port
 
