@@ -130,6 +130,24 @@ def faketime() -> str:
     return str(paths[0]) if paths and shutil.which("faketime") else ""
 
 
+OFF = """
+import sys, threading, time
+wall, steady = time.time(), time.monotonic()
+threading.Event().wait(0.5)
+pace = (time.time() - wall) / (time.monotonic() - steady)
+print(f"{wall - float(sys.argv[1]):.1f} {pace:.2f} {steady - float(sys.argv[2]):.1f}")
+"""
+
+
+def is_off(fleet: Rig, env: dict[str, str], off_s: float, pace: float) -> None:
+    """That clock is off by so much, and the one of the ledger is not."""
+    asked = fleet.site.python("-c", OFF, repr(time.time()), repr(time.monotonic()), **env)
+    assert asked.code() == 0, asked.output()
+    found_s, found_pace, steady_s = map(float, asked.output().split())
+    assert abs(found_s - off_s) < 60 and abs(found_pace - pace) < 0.05, asked.output()
+    assert 0 <= steady_s < 60, asked.output()
+
+
 @pytest.mark.parametrize("by", ["python", "libfaketime"])
 def test_hosts_with_a_wrong_clock_get_work_and_break_no_limit(by: str) -> None:
     if by == "libfaketime" and not faketime():
@@ -144,6 +162,7 @@ def test_hosts_with_a_wrong_clock_get_work_and_break_no_limit(by: str) -> None:
             else:
                 env = {"LD_PRELOAD": faketime(), "FAKETIME": f"{off_s:+d} x{pace}"}
                 env |= {"FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1"}
+            is_off(fleet, env, off_s, pace)
             fleet.hire(1, **env)
         fleet.begin(200)
         fleet.judge(trouble=False)
