@@ -59,7 +59,7 @@ class Gate:
         self._control = sync_script(client, CONTROL)
         self._requests = itertools.count()
         self._cancel = sync_script(client, CANCEL)
-        self._fake = fake
+        self.fake = fake
         self._pubsub = client.pubsub()
         self._listening: set[str] = set()
         self.listen("nobody")
@@ -138,10 +138,10 @@ class Gate:
 
     def collect(self) -> None:
         """What was published is read up to the answer of a ping, so none is late."""
-        if not self._fake:
+        if not self.fake:
             self._pubsub.ping("end")
         while True:
-            message = self._pubsub.get_message(timeout=0 if self._fake else 5)
+            message = self._pubsub.get_message(timeout=0 if self.fake else 5)
             if message is None or message["type"] == "pong":
                 return
             if message["type"] == "message":

