@@ -61,9 +61,9 @@ def noted(item):
     note("end", item)
 
 
-def ran_before(item):
+def times_started(item):
     with open(_path) as file:
-        return any(line.split()[2:] == ["start", str(item)] for line in file)
+        return sum(line.split()[2:] == ["start", str(item)] for line in file)
 """
 
 
@@ -192,9 +192,8 @@ class Site:
     def write(self, name: str, text: str) -> Path:
         path = self.directory / name
         path.write_text(text)
-        shutil.rmtree(
-            self.directory / "__pycache__", ignore_errors=True
-        )  # a second's difference is none to it
+        # Bytecode of the module as it was may be of the same second and size, and would be taken for this one's.
+        shutil.rmtree(self.directory / "__pycache__", ignore_errors=True)
         return path
 
     def python(self, *words: str, pass_fds: Iterable[int] = (), **env: Any) -> Child:

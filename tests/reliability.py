@@ -216,6 +216,7 @@ CASES = (
         (
             "test_crashed_runs.py::test_a_run_that_kills_its_process_is_quarantined_alone_and_its_neighbours_complete",
             "test_crashed_runs.py::test_fifty_runs_that_lose_their_host_three_times_are_not_quarantined",
+            "test_crashed_runs.py::test_fifty_runs_that_each_lose_their_host_three_times_all_complete",
         ),
     ),
     Case(

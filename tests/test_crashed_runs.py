@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import time
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+
+from limiter.sync import Entry
 from tests import fleet
 from tests.fleet import Site, until
+from worker.alone import LoneRun
 
 LEASE_S = 2.0
 QUICK = {"POCKETFLEET_LEASE_S": LEASE_S}
 
 FLOW = """
 import asyncio, os
-from ledger import note, noted, ran_before
+from ledger import note, noted, times_started
 from pocketflow import AsyncNode
 from pocketfleet import ThrottledAsyncParallelBatchFlow
 
@@ -30,12 +37,12 @@ class Slow(AsyncNode):
     async def exec_async(self, _):
         n = self.params["n"]
         assert self.params["seen"] == {"by": "paid"}
-        again = ran_before(n)
+        lost = times_started(n)
         with noted(n):
             if self.params.get("poison"):
                 await asyncio.sleep(0.1)
                 os._exit(9)
-            await asyncio.sleep(0.1 if again and self.params.get("once") else self.params["s"])
+            await asyncio.sleep(0.1 if lost >= self.params.get("loses", 99) else self.params["s"])
     async def post_async(self, shared, prep_res, exec_res):
         assert shared["paid"]
         shared["done"] = self.params["n"]
@@ -64,7 +71,7 @@ def killed_while(site: Site, target: str, running: int) -> None:
 
 def test_a_killed_run_goes_on_after_the_nodes_it_has_paid_for() -> None:
     with fleet.site({"crash.py": FLOW}) as site:
-        site.enqueue("crash:flow", [{"n": n, "s": 300, "once": True} for n in range(5)])
+        site.enqueue("crash:flow", [{"n": n, "s": 300, "loses": 1} for n in range(5)])
         first = site.pocketfleet("worker", "crash:flow", **QUICK)
         until(lambda: site.ledger.count("start") == 5, "all are in their second node")
         second = site.pocketfleet("worker", "crash:flow", **QUICK)
@@ -101,6 +108,32 @@ def test_fifty_runs_that_lose_their_host_three_times_are_not_quarantined() -> No
         deaths = Counter(each.outcome.attempts["deaths"] for each in ended)
         assert deaths[3] >= 1 and set(deaths) == {2, 3}
         assert all(each.outcome.attempts["tries"] == 1 for each in ended)
+
+
+@pytest.mark.long
+def test_fifty_runs_that_each_lose_their_host_three_times_all_complete() -> None:
+    with fleet.site({"crash.py": FLOW}) as site:
+        site.enqueue("crash:rated", [{"n": n, "s": 300, "loses": 3} for n in range(50)])
+        killed_while(site, "crash:rated", 50)
+        killed_while(site, "crash:rated", 50)
+
+        def started_thrice() -> int:
+            return sum(times >= 3 for times in site.ledger.items("start").values())
+
+        while started_thrice() < 50:  # alone, two at a time and worker
+            least = min(50, started_thrice() + 6)
+            workers = [site.pocketfleet("worker", "crash:rated", **QUICK) for _ in range(3)]
+            until(lambda least=least: started_thrice() >= least, f"{least} start again", timeout_s=180)  # type: ignore[misc]
+            for worker in workers:
+                worker.kill()
+        for _ in range(2):
+            site.pocketfleet("worker", "crash:rated", **QUICK)
+        ended = site.ended("crash:rated", 50)
+        assert Counter(each.index for each in ended) == Counter(range(50))
+        assert {each.outcome.status for each in ended} == {"completed"}
+        assert all(each.outcome.attempts["deaths"] >= 3 for each in ended)
+        assert all(each.outcome.attempts["tries"] == 1 for each in ended)
+        assert set(site.ledger.items("paid").values()) == {1}
 
 
 def test_a_run_that_kills_its_process_is_quarantined_alone_and_its_neighbours_complete() -> None:
@@ -153,3 +186,26 @@ def test_a_lone_run_is_handed_back_when_its_worker_leaves() -> None:
         assert record is not None and record.split()[2:5] == [b"2", b"0", b"1"], (
             "one hand-back, no death more"
         )
+
+
+def test_a_lone_run_that_comes_too_late_takes_no_process_from_those_after_it() -> None:
+    async def base(limit: str, batch: str) -> bytes:
+        return b""
+
+    taken: list[object] = []
+    returned: list[tuple[Entry, bool]] = []
+    crew: Any = SimpleNamespace(
+        flows=["f"],
+        bases=SimpleNamespace(base=base),
+        children=SimpleNamespace(take=taken.append),
+        pump=SimpleNamespace(name="L", return_job=lambda entry, stamp, late: returned.append((entry, late))),
+        ended=lambda run: None,
+    )
+    served: Any = SimpleNamespace(name="f")
+    for start_by, late in ((time.monotonic() - 1, True), (time.monotonic() + 60, False)):
+        claimed: Any = SimpleNamespace(id="{L}:b:0", saved=b"", attempt=7)
+        run = LoneRun(crew, claimed, start_by, 5, served)
+        asyncio.run(run.execute())
+        entry, told_late = returned.pop()
+        assert (entry.what, told_late) == ("wait", late)
+        assert len(taken) == (0 if late else 1)

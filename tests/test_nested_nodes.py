@@ -12,7 +12,7 @@ from tests.fleet import Site, until
 
 NODES = """
 import asyncio, os, time
-from ledger import note, noted, ran_before
+from ledger import note, noted, times_started
 from pocketflow import AsyncNode, Node
 from pocketfleet import (
     HeldAlready, RateLimitHit, ThrottledAsyncParallelBatchFlow, ThrottledParallelBatchNode, limit,
@@ -37,7 +37,7 @@ class Refused(AsyncNode):
     async def exec_async(self, _):
         i = self.params["i"]
         async with limit("api", max_concurrent=4):
-            first = not ran_before(i)
+            first = not times_started(i)
             with noted(i):
                 await asyncio.sleep(0.02)
                 if first and i == 3:

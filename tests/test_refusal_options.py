@@ -16,7 +16,7 @@ from tests import fleet, servers
 
 FLOW = """
 import asyncio, json
-from ledger import note, ran_before
+from ledger import note, times_started
 from pocketflow import AsyncNode
 from pocketfleet import AdaptiveThrottledBatchFlow, RateLimitHit
 
@@ -30,7 +30,7 @@ ERRORS = {1: ApiError(529), 2: ApiError(503), 3: ApiError(400, "busy"), 4: ApiEr
 class Call(AsyncNode):
     async def exec_async(self, _):
         i = self.params["i"]
-        first = not ran_before(i)
+        first = not times_started(i)
         note("start", i)
         if i in ERRORS and (first or i == 4):
             raise ERRORS[i]

@@ -12,7 +12,7 @@ from tests.fleet import until
 
 FLOW = """
 import asyncio, os
-from ledger import note, noted, ran_before
+from ledger import note, noted, times_started
 from pocketflow import AsyncNode, AsyncBatchNode, Node
 from pocketfleet import AdaptiveThrottledBatchFlow, RateLimitHit
 
@@ -28,7 +28,7 @@ class Asked(AsyncNode):
     async def exec_async(self, _):
         i = self.params["i"]
         assert self.params["seen"]
-        first = not ran_before(i)
+        first = not times_started(i)
         with noted(i):
             await asyncio.sleep(0.05)
             if first and i in (3, 4):

@@ -18,14 +18,14 @@ LEASE_S = 2.0
 
 USERS = """
 import asyncio
-from ledger import noted, ran_before
+from ledger import noted, times_started
 from pocketflow import AsyncNode
 from pocketfleet import ThrottledAsyncParallelBatchFlow
 
 class Step(AsyncNode):
     async def exec_async(self, _):
         item, seconds = self.params["n"], self.params["s"]
-        seconds = 0.05 if ran_before(item) else seconds
+        seconds = 0.05 if times_started(item) else seconds
         with noted(item):
             await asyncio.sleep(seconds)
 

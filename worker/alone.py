@@ -80,9 +80,10 @@ class LoneRun(Run):
         assert self.served is not None
         try:
             base = await self.crew.bases.base(self.pump.name, self.batch)
-            child = None if self.ending else self.crew.children.take(self.served)
-            if child is None or monotonic() > self.start_by:
-                self._put_off()
+            late = monotonic() > self.start_by  # asked first: a process that was taken is not given back
+            child = None if self.ending or late else self.crew.children.take(self.served)
+            if child is None:
+                self._put_off(late)
                 return
             log.info("run.alone job=%s deaths=%d", self.claimed.id, self.claimed.deaths)
             self._child = child
@@ -96,13 +97,14 @@ class LoneRun(Run):
                 self.crew.children.let_end(self._child)
             self.crew.ended(self)
 
-    def _put_off(self) -> None:
-        """No process is ready for it: back to its place, with its start, for the moment that one takes."""
+    def _put_off(self, late: bool) -> None:
+        """No process is ready for it, or it is too late: back to its place, with its start, for the moment
+        that a process takes."""
         if self.ending:
             give_back_unstarted(self)
             return
         entry = Entry(self.claimed.id, self.claimed.attempt, self.flow_number, "wait", round(PUT_OFF_S * 1e6))
-        self.pump.return_job(entry, self.stamp, late=False)
+        self.pump.return_job(entry, self.stamp, late=late)
 
     async def _watch(self, child: Child, base: bytes) -> None:
         claimed, kept = self.claimed, self._saved
