@@ -10,7 +10,10 @@ from collections.abc import Iterable
 from limiter.address import PREFIX
 from limiter.printable import printable
 
-ABOVE = ("FLOWS", "MAX_JOBS", "DRAIN_S", "BURST", "LOG_LEVEL", "MAX_PARAM_BYTES", "KEEP_S")
+ABOVE = (
+    *("FLOWS", "MAX_JOBS", "DRAIN_S", "BURST", "LOG_LEVEL", "MAX_PARAM_BYTES", "KEEP_S"),
+    "MEMORY_PATIENCE_S",
+)
 """Settings of the rooms above, which a process that only uses `limit()` does not load."""
 OURS = ("LIFELINE", "SEED", "SOAK")
 """What processes and tests of ours tell each other."""

@@ -18,8 +18,9 @@ def main() -> None:
 
     try:
         _refuse_shadows(os.getcwd())
-    except ImportError as error:
-        _end(str(error), 2)
+    except ImportError as error:  # nothing of ours can be imported now
+        print(f"{NAME}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     try:
         code = _app()(prog_name=NAME, standalone_mode=False)
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -172,7 +173,8 @@ def test_a_plan_enqueues_nothing_and_knows_how_long_runs_took(place: Site) -> No
     assert "plan: as long as one run takes" in ran.output()
     again = place.pocketfleet("plan", "users:flow", "--set", "n=50")
     assert again.code() == 0
-    assert "with runs of 0.2" in again.output()
+    seconds = re.search(r"with runs of ([0-9.]+) s", again.output())
+    assert seconds is not None and 0.2 <= float(seconds[1]) < 1  # what the runs took, on a busy machine too
     assert "as in batch b, 5 at a time binds" in again.output()
     told = place.pocketfleet("plan", "users:flow", "--set", "n=50", "--seconds", "1", "--json")
     assert told.code() == 0
