@@ -20,6 +20,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import redis
@@ -83,7 +84,7 @@ def measure(bench: Bench) -> Result:
     asked = os.environ.get("BENCH_CASES", ",".join(map(str, range(len(CASES)))))
     for number in asked.split(","):
         _add(result, bench, CASES[int(number)], scale)
-    if os.environ.get(FOLDER):
+    if (Path(os.environ.get(FOLDER, "")) / "pocketflow_throttled").is_dir():
         _add_reference(result, bench, scale)
     else:
         result.notes.append(f"the reference was not measured: {FOLDER} names no folder with its package")
