@@ -24,10 +24,10 @@ local function parts(id)
   return string.match(id, '^([^:]+):(%d+)$', AFTER_TAG)
 end
 
--- The fields of a record that a run needs which ended or goes on: the others stay in `text`.
+-- The fields of a record that a run needs which ended or goes on: the others stay in `text`, `saved` at `at`.
 local function read_part(text)
-  local attempt, saved, flow = string.match(text or '', '^(%d+) %d+ %d+ %d+ %d+ (%d) (.+)$')
-  return attempt and { attempt = tonumber(attempt), saved = tonumber(saved), flow = flow, text = text } or nil
+  local attempt, at, saved, flow = string.match(text or '', '^(%d+) %d+ %d+ %d+ %d+ ()(%d) (.+)$')
+  return attempt and { attempt = tonumber(attempt), saved = tonumber(saved), flow = flow, text = text, at = at } or nil
 end
 
 -- Where a checkpoint too large for a call stands.
@@ -93,7 +93,7 @@ local function flag_saved(id, job, where)
   if job.saved == where then return end
   job.saved = where
   if not job.text then return note(id, job) end
-  job.text = string.gsub(job.text, '^(%d+ %d+ %d+ %d+ %d+ )%d', '%1' .. where)
+  job.text = string.sub(job.text, 1, job.at - 1) .. where .. string.sub(job.text, job.at + 1)
   local records, n = changed.records, #changed.records
   records[n + 1], records[n + 2] = id, job.text
 end
@@ -192,14 +192,15 @@ end
 local function settle_entry(i, job)
   local id, attempt, what, arg = ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 3], ARGV[i + 4]
   if not job or job.attempt ~= attempt then return false end
-  local status = ENDED[what] and what or string.match(what, '^blob:(.+)$')
-  if status then
+  local act = SETTLE[what]
+  local status = ENDED[what] and what or not act and string.match(what, '^blob:(.+)$')
+  if act then
+    act(id, job, arg)
+  elseif status then
     record_outcome(id, ARGV[i + 1], status, arg)
     if status ~= what then keep_blob(id, ARGV[i + 1]) end
     forget(id, job.flow)
     drop_saved(id, job)
-  elseif SETTLE[what] then
-    SETTLE[what](id, job, arg)
   else
     redis.call('SET', 'arq:result:' .. id, arg, 'PX', string.match(what, '^result:(%d+)$'))
   end
