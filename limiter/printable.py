@@ -34,7 +34,7 @@ def plain(text: str) -> str:
     write over, the last stays. Tabs, ends of lines and every letter stay as they are.
 
     >>> plain("\x1b[31mred\x1b[0m\tcell\a"), plain("10%\r 90%\r\n"), plain("\x1b]0;title\a日本\x1b[")
-    ('red\tcell\\x07', ' 90%\n', '日本\\x1b[')
+    ('red\tcell\\x07', ' 90%\n', '日本')
     """
     if not _SHOWN.search(text):
         return text
