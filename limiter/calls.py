@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pocketfleet.limiter")
 
 CROWD = 32
+"""From so many waiters on, half of them are asked for at a time."""
 BLOCKED = ("level", "window", "pacing", "pause", "cold", "turn")
 """Reasons of an answer which say that the gate refuses, and tells when to ask again."""
 

@@ -28,8 +28,9 @@ class AdaptiveThrottledBatchFlow(ThrottledAsyncParallelBatchFlow):
             refused, there one more per level's worth of successes, and steep again once past it).
 
     What was refused is tried again after two to six levels' worth of successes (additive: the deeper the cut,
-    the later) or six (threshold). Cuts with no success between them go deeper, down to a half. Where the level can fall no
-    further the fleet halts, for 1 s, then twice as long each time up to 16 s, until a run succeeds.
+    the later) or six (threshold). Cuts with no success between them go deeper, down to a half. Where the
+    level can fall no further the fleet halts, for 1 s, then twice as long each time up to 16 s, until a run
+    succeeds.
     docs/backoff.md says when to use which.
     """
 

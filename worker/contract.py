@@ -14,6 +14,7 @@ from limiter.limits import Limits, checked_name
 from limiter.refusal import Hook
 from worker import codec
 
+JOB_ID = re.compile(r"\{([A-Za-z0-9_.-]{1,128})\}:([A-Za-z0-9_.-]{1,128}):(\d{1,15})")
 FOUND_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}(:[A-Za-z0-9_.-]{1,128})?")
 
 COMPLETED, FAILED, ABORTED, QUARANTINED, LOST = "completed", "failed", "aborted", "quarantined", "lost"
@@ -35,11 +36,10 @@ def split_job_id(job: str) -> tuple[str, str, int]:
     >>> split_job_id("{users}:b1:7")
     ('users', 'b1', 7)
     """
-    limit, _, rest = job.partition("}:")
-    batch, _, index = rest.rpartition(":")
-    if not (limit[:1] == "{" and batch and index.isdecimal()):
+    match = JOB_ID.fullmatch(job)
+    if match is None:
         raise ValueError(f"not a job id: {job!r}")
-    return limit[1:], batch, int(index)
+    return match[1], match[2], int(match[3])
 
 
 def limit_of(flow_name: str) -> str:

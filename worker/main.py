@@ -142,7 +142,7 @@ async def _take_over(ctx: dict[Any, Any], settings: Settings, place: Place) -> N
 
 def _collect_less() -> None:
     """Keep what was imported out of every garbage collection, and collect less often: runs come and go by
-    the thousand, and hardly any leaves a cycle behind. Only in a process that is ours."""
+    the thousand. Only in a process that is ours."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
