@@ -158,7 +158,7 @@ local function add_claimed(claimed, id, job, payload)
   local n = #claimed
   claimed[n + 1], claimed[n + 2], claimed[n + 3] = id, whole(job.attempt), job.deaths
   claimed[n + 4], claimed[n + 5] = job.refused, job.backs
-  claimed[n + 6] = job.saved == INLINE and redis.call('HGET', SAVED, id) or job.saved == BESIDE and 'beside' or ''
+  claimed[n + 6] = job.saved == BESIDE and 'beside' or not job.new and redis.call('HGET', SAVED, id) or ''
   claimed[n + 7] = payload
 end
 
@@ -174,7 +174,7 @@ local function claim(chosen)
   changed = no_changes()
   batches = {}
   for i, c in ipairs(chosen) do
-    local job = read_job(known[i] or '') or { deaths = 0, refused = 0, backs = 0, saved = 0, place = c.place, flow = c.flow }
+    local job = read_job(known[i]) or { deaths = 0, refused = 0, backs = 0, saved = INLINE, place = c.place, flow = c.flow, new = true }
     state.attempt = state.attempt + 1
     job.attempt = state.attempt
     if payloads[i] then

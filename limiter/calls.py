@@ -255,13 +255,10 @@ class Calls:
 
     def _tell_who_waits(self, call: Call) -> None:
         for entry in call.heard:
-            _resolve(entry.heard)
+            if entry.heard is not None and not entry.heard.done():
+                entry.heard.set_result(None)
         if not self._unsure:
             for contact in self.contacts:
-                _resolve(contact)
+                if not contact.done():
+                    contact.set_result(None)
             self.contacts.clear()
-
-
-def _resolve(waiter: asyncio.Future[None] | None) -> None:
-    if waiter is not None and not waiter.done():
-        waiter.set_result(None)

@@ -6,7 +6,7 @@
 -- KEYS[4]  tickets   zset    process that waits for the gate -> ticket
 -- KEYS[5]  later     zset    job id -> due time, us
 -- KEYS[6]  jobs      hash    job id -> 'attempt place deaths refused backs saved flow', from first claim to done
---                            saved: 0 no checkpoint, 1 in `saved`, 2 under kept:<b>:<i>
+--                            saved: where its checkpoint stands, if it has one: 1 in `saved`, 2 under kept:<b>:<i>
 -- KEYS[7]  flows     set     flows whose workers have called
 -- KEYS[8]  override  string  the operator's word, see override.lua
 -- Beside them, computed: queue:<flow>, idle:<flow>, saved, kept:<b>:<i>, events (what happened, see `event`),

@@ -156,16 +156,15 @@ class Pump:
         self.news.add((*extra, entry))
         self.kick()
 
-    async def save(self, entry: Entry) -> None:
-        """Write a claimed run's checkpoint with the next call, and return when the gate has it.
+    def save(self, entry: Entry) -> asyncio.Future[None]:
+        """Write a claimed run's checkpoint with the next call; the future is done when the gate has it.
 
         While Redis is away this waits. If the attempt is no longer ours the crew is told so first.
         """
-        heard: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry.heard = heard
+        heard = entry.heard = self.process.loop.create_future()
         self.news.add((entry,))
         self.kick()
-        await heard
+        return heard
 
     def return_job(self, entry: Entry, stamp: int, *, late: bool) -> None:
         """A claimed job that was not started goes back, with its start."""

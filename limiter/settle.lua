@@ -160,7 +160,7 @@ local function adopted(id, attempt, what, flow)
   if redis.call('GETBIT', ROOT .. 'done:' .. name, index) == 1 then return nil end
   -- not yet enqueued again by its producer, so nobody has counted it
   if not redis.call('ZSCORE', queue_of(flow), id) then redis.call('HINCRBY', ROOT .. 'batch:' .. name, 'left', 1) end
-  return { attempt = attempt, place = state.place, deaths = 0, refused = 0, backs = 0, saved = 0, flow = flow }
+  return { attempt = attempt, place = state.place, deaths = 0, refused = 0, backs = 0, saved = INLINE, flow = flow }
 end
 
 -- What a run that goes on sends; where it is adopted, it is claimed again at once.

@@ -900,7 +900,7 @@ class Ledger:
         jobs: Any = client.hgetall(keys.jobs)
         records = {
             i.id: f"{i.attempt} {i.place} {i.deaths} {i.refusals} {i.hand_backs} "
-            f"{2 if i.beside else 1 if i.saved else 0} {i.flow}"
+            f"{2 if i.beside else 1} {i.flow}"
             for i in self.items.values()
             if i.recorded
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
 from limiter.keys import GateKeys
@@ -77,24 +78,24 @@ class Keeping:
         log.warning("run.starts_over job=%s flow=%s: %s", self._run.claimed.id, self._saver.name, why)
         return fresh_store(base), None
 
-    async def before(self, step: NodeStep, shared: dict[Any, Any]) -> None:
-        """Write where the run stands before it does `step`.
+    def before(self, step: NodeStep, shared: dict[Any, Any]) -> Awaitable[None] | None:
+        """Write where the run stands before it does `step`; None where it cannot be written.
 
-        Returns once the gate has it, and then the run is still ours, or it has been cancelled.
+        Done once the gate has it, and then the run is still ours, or it has been cancelled.
         """
         try:
             data = self._encoded(self._written(step, shared))
         except CannotSave as why:
             self._saver.warn(str(why))
             self.saves = False
-            return
-        run = self._run
-        if len(data) <= LARGE:
-            entry = Entry(run.claimed.id, run.claimed.attempt, run.flow_number, "save", data)
-        else:
-            entry = await save_entry(run, data)
-        await run.pump.save(entry)
-        self._last, self.step = data, step
+            return None
+        run, self._last, self.step = self._run, data, step
+        if len(data) > LARGE:
+            return self._save_large(data)
+        return run.pump.save(Entry(run.claimed.id, run.claimed.attempt, run.flow_number, "save", data))
+
+    async def _save_large(self, data: bytes) -> None:
+        await self._run.pump.save(await save_entry(self._run, data))
 
     async def refused(self, step: NodeStep | None, shared: dict[Any, Any], refused: Refused) -> Entry:
         """What a refused run goes back with: as it stood before the node, and the items that had returned."""

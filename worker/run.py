@@ -39,7 +39,6 @@ from worker.threads import RunThread
 from worker.walk import NodeStep, walk
 
 if TYPE_CHECKING:
-    from limiter.pump import Pump
     from worker.crew import Crew
 
 log = logging.getLogger("pocketfleet.worker")
@@ -70,6 +69,7 @@ class Run:
         "index",
         "keeping",
         "node",
+        "pump",
         "recognise",
         "served",
         "shared",
@@ -86,6 +86,7 @@ class Run:
 
     def __init__(self, crew: Crew, claimed: Claimed, start_by: float, stamp: int) -> None:
         self.crew = crew
+        self.pump = crew.pump
         self.claimed = claimed
         self.start_by = start_by
         self.stamp = stamp
@@ -105,10 +106,6 @@ class Run:
         self.task: asyncio.Task[None] | None = None
         self.waits = Waits()
         _, self.batch, self.index = split_job_id(claimed.id)
-
-    @property
-    def pump(self) -> Pump:
-        return self.crew.pump
 
     def stop(self, ending: Ending) -> None:
         """End the run at its next await. A thread of it is waited for, and one that is handed back keeps
@@ -260,7 +257,9 @@ class Run:
             if first:
                 keeping.step = step
             elif keeping.saves:
-                await keeping.before(step, self.shared)
+                saving = keeping.before(step, self.shared)
+                if saving is not None:
+                    await saving
         while not self.pump.safe:
             await self.pump.contact()
         if self.ending or (self.clock is not None and self.clock.ran_out):

@@ -44,7 +44,7 @@ class Start(NamedTuple):
         return Start(self.path[1:], self.levels, self.after)
 
 
-async def walk(
+def walk(
     flow: Any,
     params: dict[str, Any],
     shared: Any,
@@ -53,7 +53,7 @@ async def walk(
     sync_runner: SyncRunner | None,
     timings: list[tuple[str, float]],
     start: Start | None = None,
-) -> Any:
+) -> Awaitable[Any]:
     """Run the graph of `flow` once with `params`; return the last action.
 
     Calls, in the order and with the arguments of `AsyncFlow._orch_async(shared, {**flow.params,
@@ -75,7 +75,7 @@ async def walk(
         timings: gets class name and seconds of each node that ended, also of one that raised.
     """
     walker = _Walker(shared, before_node, sync_runner or _inline, timings)
-    return await walker.graph(flow, {**flow.params, **params}, None, True, start)
+    return walker.graph(flow, {**flow.params, **params}, None, True, start)
 
 
 class NodeStep:
