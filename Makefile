@@ -8,6 +8,7 @@ READY := $(VENV)/.ready
 BENCH := $(VENV)/.ready-bench
 PEERS := $(VENV)/peers
 ROOMS := limiter worker producer pocketfleet
+SIDE_BY_SIDE := -n 3 --dist worksteal
 UV := uv>=0.9,<1
 
 .DEFAULT_GOAL := help
@@ -21,15 +22,15 @@ setup: $(READY) ## make .venv with the pinned dependencies; quick when nothing c
 demo: $(READY) ## 100 users, two calls each, four worker processes, five users at a time
 	$(BIN)/python -m examples.demo
 
-test: $(READY) ## all tests, two at a time: most wait for processes
-	$(BIN)/pytest -n 2
+test: $(READY) ## all tests, three at a time: most wait for processes
+	$(BIN)/pytest $(SIDE_BY_SIDE)
 
 check: $(READY) ## what CI runs: format, lint, types, import rules, tests with warnings as errors
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -W error -n 2
+	$(BIN)/pytest -W error $(SIDE_BY_SIDE)
 	$(BIN)/pytest -W error --doctest-modules $(ROOMS)
 
 reliability: $(READY) ## break everything that can break here; writes docs/reliability.md (about 15 minutes)

@@ -12,6 +12,7 @@ import heapq
 import itertools
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,6 +82,10 @@ class Gate:
         """That process is gone."""
         self._listening.discard(process)
         self._pubsub.unsubscribe(wake_channel(process))
+        deadline = time.monotonic() + 10
+        while dict(self.client.pubsub_numsub(wake_channel(process)))[wake_channel(process).encode()]:
+            assert time.monotonic() < deadline, "the server does not hear of it"
+            time.sleep(0.001)
 
     def sync(self, call: Call, now: int) -> list[Any]:
         self.listen(call.process)

@@ -296,7 +296,8 @@ def test_an_interrupted_run_prints_the_command_that_continues_it(embedded: Site)
     again = embedded.typed(told[1])
     assert again.code() == 0, again.output()
     assert set(embedded.ledger.items("end")) == {str(n) for n in range(12)}
-    assert max(embedded.ledger.items("start").values()) <= 2
+    # cut short once; once more by the other worker, if it was handed the run before it heard of the end
+    assert max(embedded.ledger.items("start").values()) <= 3
     assert len(lines(written(embedded))) == 12
 
 

@@ -138,12 +138,12 @@ def test_fifty_runs_that_each_lose_their_host_three_times_all_complete() -> None
 
 def test_a_run_that_kills_its_process_is_quarantined_alone_and_its_neighbours_complete() -> None:
     with fleet.site({"crash.py": FLOW}) as site:
-        healthy = [{"n": n, "s": 0.5} for n in range(20)]
+        healthy = [{"n": n, "s": 0.5} for n in range(8)]
         site.enqueue("crash:flow", [{"n": 99, "s": 0, "poison": True}, *healthy])
         workers = [site.pocketfleet("worker", "crash:flow", **QUICK) for _ in range(3)]
-        ended = site.ended("crash:flow", 21)
+        ended = site.ended("crash:flow", 9)
         status = {each.index: each.outcome.status for each in ended}
-        assert status == {0: "quarantined"} | dict.fromkeys(range(1, 21), "completed")
+        assert status == {0: "quarantined"} | dict.fromkeys(range(1, 9), "completed")
         outcome = next(each.outcome for each in ended if each.index == 0)
         assert outcome.attempts == {"tries": 1, "deaths": 3}
         assert outcome.failure is not None and outcome.failure.type == "ProcessDied"

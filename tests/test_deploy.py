@@ -54,7 +54,7 @@ def test_a_rolling_restart_under_load_loses_and_fails_nothing() -> None:
     with fleet.site(
         {"deploy.py": FLOW.replace('name="old"', "name=None").replace('limit = "shared"', "")}
     ) as site:
-        count = 150
+        count = 90
         site.enqueue("deploy:flow", [{"n": n, "s": 0.2 + (n % 5) * 0.4} for n in range(count)])
         given = QUICK | {"POCKETFLEET_DRAIN_S": 0.3}
         workers = [site.pocketfleet("worker", "deploy:flow", **given) for _ in range(3)]

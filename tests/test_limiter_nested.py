@@ -24,9 +24,9 @@ from limiter.limit import limit
 from limiter.refusal import RateLimitHit
 from tests import fleet
 from tests.fleet import until
-from tests.test_limiter_permit import Crowd, heard, held_elsewhere, in_use, pump_of, server
+from tests.test_limiter_permit import Crowd, brief, heard, held_elsewhere, in_use, pump_of, server
 
-__all__ = ["server"]
+__all__ = ["brief", "server"]
 
 
 @pytest.fixture(autouse=True)
@@ -272,7 +272,7 @@ def test_a_result_that_comes_as_the_wait_is_left_is_given_back() -> None:
     until(lambda: len(undone) == given, timeout_s=5)
 
 
-def test_a_lost_lease_is_told_to_a_thread_at_its_end(server: redis.Redis) -> None:
+def test_a_lost_lease_is_told_to_a_thread_at_its_end(server: redis.Redis, brief: None) -> None:
     with pytest.raises(LeaseLost, match="the lease on 'api' ran out"), limit("api", max_concurrent=1):
         pid: Any = server.info("server")["process_id"]  # type: ignore[index]
         os.kill(pid, signal.SIGSTOP)

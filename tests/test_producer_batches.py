@@ -163,7 +163,7 @@ def test_a_retry_runs_the_failures_alone_and_keeps_the_history(place: Site) -> N
 
 def test_items_that_redis_lost_are_named_and_only_they_run_again(place: Site) -> None:
     worker = place.pocketfleet("worker", "users:flow")
-    words = ["enqueue", "users:flow", "--set", ids(200), "--set", "s=0.5", "--batch", "b"]
+    words = ["enqueue", "users:flow", "--set", ids(200), "--set", "s=0.2", "--batch", "b"]
     told(place.pocketfleet(*words))
     wait = place.pocketfleet("batch", "wait", "b", "--output", "out.jsonl")
     output = place.directory / "out.jsonl"
