@@ -108,7 +108,7 @@ nested = Flow(start=line(Inner(start=line(Marks(), Checks())), After()))
 class Blocks(Node):
     def exec(self, _):
         time.sleep(0.6)
-late = Flow(start=line(Paid(), Slow(), After()), flow_timeout_s=1.2, max_concurrent_flows=1)
+late = Flow(start=line(Paid(), Slow(), After()), flow_timeout_s=2.5, max_concurrent_flows=1)
 blocks = Flow(start=line(Blocks(), Blocks(), Blocks()), flow_timeout_s=1.0)
 """
 
@@ -234,13 +234,13 @@ def test_a_worker_that_lost_redis_ends_or_cancels_its_node_as_the_flow_says(name
 def test_the_time_limit_counts_running_and_never_waiting() -> None:
     with fleet.site({"durable.py": FLOW}) as site:
         # one at a time: the last one waits for longer than its limit, and its nodes do not run that long
-        site.enqueue("durable:late", [{"n": n, "s": 0.6} for n in range(4)] + [{"n": 9, "s": 30}])
+        site.enqueue("durable:late", [{"n": n, "s": 1.0} for n in range(4)] + [{"n": 9, "s": 30}])
         site.pocketfleet("worker", "durable:late", **QUICK)
         ended = site.ended("durable:late", 5)
         assert [each.outcome.status for each in ended] == ["completed"] * 4 + ["failed"]
         failure = ended[-1].outcome.failure
         assert failure is not None and (failure.type, failure.node) == ("FlowTimeout", "Slow")
-        assert "flow_timeout_s=1.2" in failure.message and "waiting" in failure.message
+        assert "flow_timeout_s=2.5" in failure.message and "waiting" in failure.message
 
 
 def test_a_sync_node_past_the_time_limit_keeps_its_slot_until_it_ends() -> None:

@@ -119,7 +119,7 @@ def test_a_refusal_inside_a_gate_is_that_gates_and_the_run_goes_back_as_ever() -
 
 def test_a_node_that_waits_for_a_gate_for_longer_than_a_lease_keeps_its_run() -> None:
     with fleet.site({"nodes.py": NODES}) as site:
-        ended = run(site, "waits", 4, POCKETFLEET_LEASE_S=1)
+        ended = run(site, "waits", 4, POCKETFLEET_LEASE_S=4)
         assert Counter(each.outcome.status for each in ended) == {"completed": 4}
         assert not any(each.outcome.attempts.get("deaths") for each in ended), (
             "no run was taken from a living process"
