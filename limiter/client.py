@@ -7,14 +7,11 @@ Only reads and calls that may run twice belong on `open_retrying_client`.
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
-import ssl
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import hiredis
 import redis
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import (
@@ -27,21 +24,13 @@ from redis.asyncio.connection import (
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import (
-    AuthenticationError,
-    AuthorizationError,
     BusyLoadingError,
-    NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
     RedisError,
-    ResponseError,
 )
 from redis.retry import Retry as SyncRetry
 
-from limiter.address import redacted as redacted
-from limiter.errors import RedisRefused
-
-OLDEST = (6, 2)
 ANSWER_S, CONNECT_S = 5.0, 2.0
 # A refused connect is the builtin OSError inside redis-py; without it nothing retries while Redis is down.
 RETRIED = [
@@ -52,7 +41,6 @@ RETRIED = [
     OutOfMemoryError,
     OSError,
 ]
-PROBE = ("pocketfleet:{probe}", "arq:job:{probe}")
 
 T = TypeVar("T")
 
@@ -98,39 +86,6 @@ def open_sync_client(url: str, *, answer_s: float = 2.0) -> redis.Redis:
     return _SyncClient.from_pool(_SyncPool.from_url(url, **options))
 
 
-async def checked_connection(client: Redis, shown_url: str) -> str | None:
-    """Make sure that Redis answers, is new enough and lets us run scripts on our keys.
-
-    Args:
-        shown_url: the address for people, see `redacted`.
-
-    Returns:
-        A warning for the user (Redis may throw data away when it is full), or None.
-
-    Raises:
-        RedisRefused: one sentence with the address and the mend, never with a password.
-    """
-    try:
-        await client.ping()
-        await client.execute_command("EVAL", "return 1", len(PROBE), *PROBE)  # type: ignore[no-untyped-call]
-        server, memory = await _info(client, "server"), await _info(client, "memory")
-    except (RedisError, OSError) as error:
-        reason = _reason(_root(error), _password(client))
-        raise RedisRefused(f"Redis at {shown_url} {reason}") from None
-    version = str(server.get("redis_version", ""))
-    if version and _number(version) < OLDEST:
-        raise RedisRefused(
-            f"Redis at {shown_url} is version {version:.20}: use Redis 6.2 or newer, or Valkey"
-        )
-    policy = memory.get("maxmemory_policy", "noeviction")
-    if policy == "noeviction":
-        return None
-    return (
-        f"Redis at {shown_url} has maxmemory-policy {policy!s:.40}, so it may throw jobs away when it is full: "
-        "set maxmemory-policy noeviction"
-    )
-
-
 class _FlatRetry(Retry):
     """redis-py connects with retries inside a call with retries; here only the outer one counts."""
 
@@ -160,11 +115,6 @@ class _Sends(AbstractConnection):
     redis-py sends under `asyncio.wait_for`: on Python 3.11 it loses a cancel that comes while the bytes
     have just gone out, and it costs a task per call. And it packs arguments one by one in Python.
     """
-
-    def pack_command(self, *args: Any) -> list[bytes]:
-        if args[0] == "EVALSHA":
-            return [hiredis.pack_command(args)]
-        return list(super().pack_command(*args))
 
     async def send_packed_command(
         self, command: bytes | str | Iterable[bytes], check_health: bool = True
@@ -256,60 +206,3 @@ def _keepalive() -> dict[int, int]:
     """A dead peer is noticed within half a minute, where the system has these options."""
     wanted = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
     return {getattr(socket, name): value for name, value in wanted.items() if hasattr(socket, name)}
-
-
-async def _info(client: Redis, section: str) -> dict[str, Any]:
-    """One section of INFO, or nothing where the user may not ask."""
-    try:
-        return dict(await client.info(section))
-    except ResponseError:
-        return {}
-
-
-def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
-
-
-def _password(client: Redis) -> str:
-    return str(client.connection_pool.connection_kwargs.get("password") or "")
-
-
-def _root(error: Exception) -> Exception:
-    """The server's own refusal, where redis-py wrapped it in a ConnectionError while connecting."""
-    while isinstance(error.__cause__, RedisError):
-        error = error.__cause__
-    return error
-
-
-def _reason(error: Exception, password: str) -> str:
-    """Why Redis is no use, and the mend. Most special first: redis-py derives them from one another."""
-    said = _said(error, password)
-    if isinstance(error, (AuthenticationError, AuthorizationError)):
-        return "refuses the user or password: correct them in POCKETFLEET_REDIS_URL (or its password file)"
-    if isinstance(error, NoPermissionError):
-        return f"does not let this user work{said}: give it the rights that the README lists"
-    if isinstance(error, BusyLoadingError):
-        return "is still loading its data: try again in a moment"
-    if isinstance(error, (redis.TimeoutError, TimeoutError)):
-        return "does not answer in time: is it the right address, and is it running?"
-    cause = error.__cause__ or error.__context__ or error
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return f"shows a certificate that does not hold ({cause.verify_message}): correct it or ssl_ca_certs"
-    if isinstance(cause, ssl.SSLError):
-        return "does not speak TLS with us: use redis:// for a server without TLS"
-    if isinstance(cause, OSError) and not isinstance(error, redis.InvalidResponse):
-        return f"cannot be reached ({_words(cause)}): start it, or correct POCKETFLEET_REDIS_URL"
-    if isinstance(error, ResponseError) and not isinstance(error, redis.InvalidResponse):
-        return f"refuses us{said}: correct POCKETFLEET_REDIS_URL or the server's settings"
-    return f"does not answer as Redis does{said}: is it the right address (and rediss:// if it wants TLS)?"
-
-
-def _said(error: Exception, password: str) -> str:
-    """The server's own words in brackets, unless they repeat what we sent it."""
-    words = " ".join(str(error).split())[:160]
-    return "" if not words or (password and password in words) else f" ({words})"
-
-
-def _words(error: OSError) -> str:
-    number = error.errno or 0
-    return os.strerror(number) if number > 0 else error.strerror or str(error)

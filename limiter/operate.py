@@ -19,7 +19,8 @@ from contextlib import asynccontextmanager
 from redis.asyncio import Redis
 
 from limiter import control
-from limiter.client import checked_connection, open_retrying_client
+from limiter.check import checked_connection
+from limiter.client import open_retrying_client
 from limiter.connect import find_redis
 from limiter.control import KEEP, LONGEST_PAUSE_S, Change, checked_by
 from limiter.doctor import Diagnosis, diagnose

@@ -12,7 +12,8 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from limiter.client import checked_connection, open_retrying_client
+from limiter.check import checked_connection
+from limiter.client import open_retrying_client
 from limiter.connect import Place, find_redis
 from limiter.settings import load
 from limiter.view import read_gate

@@ -10,7 +10,8 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from limiter.client import checked_connection, open_retrying_client
+from limiter.check import checked_connection
+from limiter.client import open_retrying_client
 from limiter.connect import Place, find_redis
 from limiter.keys import GateKeys
 from producer.batch_lock import BatchLock, InOtherHands

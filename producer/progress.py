@@ -18,6 +18,7 @@ from limiter.printable import plain
 from limiter.view import GateView, read_gate
 from producer.debugger import prompting
 from producer.eta import seconds_left
+from producer.texts import duration
 from worker.presence import living_workers
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ class Progress:
         left_s = seconds_left(self.total - self.done, rate, self.gate) if self.done < self.total else None
         time_: Part = (
             3,
-            _duration(now - self._started) if left_s is None else f"{_duration(left_s)} left",
+            duration(now - self._started) if left_s is None else f"{duration(left_s)} left",
             "",
         )
         return [*shown, time_]
@@ -221,15 +222,3 @@ class Progress:
     def _stuck(self) -> bool:
         """Whether somebody should look: nothing goes on by itself."""
         return bool(self.trouble) or (self.workers == 0 and not self._coming)
-
-
-def _duration(seconds: float) -> str:
-    """
-    >>> _duration(2.34), _duration(42), _duration(130), _duration(600), _duration(90000)
-    ('2.3 s', '42 s', '2 min 10 s', '10 min', '25.0 h')
-    """
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    if seconds < 600:
-        return "{} min {:02} s".format(*divmod(int(seconds), 60))
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

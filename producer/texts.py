@@ -17,11 +17,13 @@ def size_text(size: float) -> str:
 
 def duration(seconds: float) -> str:
     """
-    >>> duration(2.34), duration(42), duration(600), duration(90000), duration(604800)
-    ('2.3 s', '42 s', '10 min', '25 h', '7 days')
+    >>> duration(2.34), duration(42), duration(130), duration(600), duration(9000), duration(604800)
+    ('2.3 s', '42 s', '2 min 10 s', '10 min', '2.5 h', '7 days')
     """
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 600:
+        return "{} min {:02} s".format(*divmod(int(seconds), 60))
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.0f} h" if seconds < 2 * 86_400 else f"{seconds / 86_400:.3g} days"
+    return f"{seconds / 3600:.3g} h" if seconds < 2 * 86_400 else f"{seconds / 86_400:.3g} days"

@@ -14,14 +14,9 @@ import pytest
 import redis
 from redis.asyncio.connection import SSLConnection
 
-from limiter.client import (
-    checked_connection,
-    open_client,
-    open_pubsub_client,
-    open_retrying_client,
-    open_sync_client,
-    redacted,
-)
+from limiter.address import redacted
+from limiter.check import checked_connection
+from limiter.client import open_client, open_pubsub_client, open_retrying_client, open_sync_client
 from limiter.errors import RedisRefused
 from tests import servers
 

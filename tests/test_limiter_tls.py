@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from limiter.client import checked_connection, open_client, open_sync_client
+from limiter.check import checked_connection
+from limiter.client import open_client, open_sync_client
 from limiter.errors import RedisRefused
 from limiter.settings import FleetSettings, checked_url
 from tests import servers

@@ -98,7 +98,8 @@ def workers(
 
 
 async def _living(settings: WorkerSettings) -> list[WorkerInfo]:
-    from limiter.client import checked_connection, open_retrying_client
+    from limiter.check import checked_connection
+    from limiter.client import open_retrying_client
     from limiter.connect import find_redis
     from worker.presence import living_workers
 

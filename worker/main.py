@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 import click
 from redis.exceptions import RedisError
 
-from limiter.client import checked_connection, open_retrying_client
+from limiter.check import checked_connection
+from limiter.client import open_retrying_client
 from limiter.connect import Place, find_redis
 from limiter.errors import LimiterError, RedisRefused
 from limiter.keys import ROOT, wake_channel
