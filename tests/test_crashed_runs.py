@@ -14,6 +14,7 @@ import pytest
 from limiter.sync import Entry
 from tests import fleet
 from tests.fleet import Site, until
+from tests.stalls import slack_s
 from worker.alone import LoneRun
 
 LEASE_S = 2.0
@@ -82,7 +83,7 @@ def test_a_killed_run_goes_on_after_the_nodes_it_has_paid_for() -> None:
         killed_at = first.kill()
         until(lambda: site.ledger.count("start") == 10, "the other worker took over")
 
-        assert time.monotonic() - killed_at < LEASE_S + 1.5
+        assert time.monotonic() - killed_at < LEASE_S + 1.5 + slack_s(killed_at)
         ended = site.ended("crash:flow", 5)
         assert Counter(each.outcome.status for each in ended) == {"completed": 5}
         assert all(each.outcome.attempts == {"tries": 1, "deaths": 1} for each in ended)

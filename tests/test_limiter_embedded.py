@@ -20,11 +20,13 @@ from limiter import embedded, server
 from limiter.connect import find_redis
 from limiter.errors import RedisRefused, SettingsError
 from limiter.settings import FleetSettings
+from tests.stalls import slack_s
 
 USER = """
 import sys
 from pathlib import Path
 from limiter.embedded import hold, join_or_start
+from tests.stalls import slack_s
 use = {"hold": hold, "start": join_or_start}[sys.argv[1]](Path(sys.argv[2]))
 print(use.url, flush=True)
 sys.stdin.read()
@@ -103,7 +105,7 @@ def test_server_is_private_has_no_port_and_keeps_a_file(data: Path) -> None:
 def test_start_is_quick(data: Path) -> None:
     began = time.monotonic()
     with embedded.join_or_start(data):
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 1.0 + slack_s(began)
 
 
 def test_starters_at_the_same_time_make_one_server(data: Path) -> None:

@@ -11,6 +11,7 @@ from limiter.errors import LimitsError
 from producer.adaptive import AdaptiveThrottledBatchFlow
 from producer.flows import ThrottledAsyncParallelBatchFlow
 from tests import fleet
+from tests.stalls import slack_s
 
 
 @pytest.mark.parametrize("flow", [ThrottledAsyncParallelBatchFlow, AdaptiveThrottledBatchFlow])
@@ -66,6 +67,6 @@ def test_two_workers_start_at_an_even_pace() -> None:
         starts = site.ledger.notes("start")
         took = starts[-1].at - starts[0].at
         # 30 starts, 0.1 s apart: the last one 2.9 s after the first, however fast the flows are
-        assert 2.8 < took < 6, took
+        assert 2.8 < took < 6 + slack_s(starts[0].at), took
         assert site.ledger.busiest(0.5) <= 8, "in a burst all 30 would start at once"
         assert len({each.pid for each in starts}) == 2

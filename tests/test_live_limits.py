@@ -25,6 +25,7 @@ from pocketfleet import limit, limits
 from producer.batch_views import table_of as batches_table
 from tests import fleet, servers
 from tests.fleet import Site, until
+from tests.stalls import slack_s
 from tests.test_limiter_permit import held_elsewhere
 
 FLOW = """
@@ -203,7 +204,7 @@ def test_python_changes_a_limit_that_this_very_loop_uses(redis_url: str) -> None
             await asyncio.sleep(0.2)
             change = await limits.set("api", max_concurrent=2, by="ana")
             assert (change.max_before, change.max_concurrent, change.override.set_by) == (1, 2, "ana")
-            await asyncio.wait_for(waiting, 0.5)
+            await asyncio.wait_for(waiting, 5)
             (view,) = await limits.show("api")
             assert view.override == OverrideView(2, None, "ana", view.override.at, 1, None)  # type: ignore[union-attr]
             (holder,) = await limits.holders("api")
@@ -211,7 +212,7 @@ def test_python_changes_a_limit_that_this_very_loop_uses(redis_url: str) -> None
             await limits.pause("api", for_s=0.5, by="ana")
             began = time.monotonic()
             await hold()
-            assert 0.4 < time.monotonic() - began < 3
+            assert 0.4 < time.monotonic() - began < 3 + slack_s(began)
             await limits.clear("api")
             await limits.reset("api")
         assert [event.what for event in await limits.events("api")] == ["override", "pause", "clear", "reset"]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.fleet import Child, Site, until
+from tests.stalls import slack_s
 from tests.two_hosts import Hosts, namespaces_possible, two_hosts
 
 PAUSE_S = 5.0
@@ -117,7 +118,9 @@ def test_a_429_with_retry_after_on_one_host_stops_the_other_within_a_second(
     assert {each.item for each in site.ledger.notes("refused")} == {"a"}, "host b was refused too"
     assert any(refused.at - 0.5 < at < refused.at for at in on_b), "host b was not at work"
     stopped_s = max(at for at in on_b if at < after) - refused.at
-    assert stopped_s < STOPS_WITHIN_S, f"host b asked {stopped_s:.2f} s after host a was told to wait"
+    assert stopped_s < STOPS_WITHIN_S + slack_s(refused.at), (
+        f"host b asked {stopped_s:.2f} s after host a was told to wait"
+    )
     assert site.waiting("asked:flow") > 0, "there was nothing left to stop"
     with capsys.disabled():
         print(f" [{place.kind}: the last call on host b {stopped_s * 1000:+.0f} ms after the 429]", end="")
