@@ -303,9 +303,9 @@ def test_without_the_wheel_the_sentence_says_what_to_set(data: Path, monkeypatch
 
 
 def test_hanging_server_is_refused_and_never_doubled(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "START_S", 0.5)
     with embedded.join_or_start(data) as use:
         pid = int(str(ask(use.url, "info", "server")["process_id"]))
+        monkeypatch.setattr(server, "START_S", 0.5)
         os.kill(pid, signal.SIGSTOP)
         try:
             with pytest.raises(RedisRefused, match=r"does not answer within 0\.5 s"):
