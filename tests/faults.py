@@ -25,6 +25,7 @@ from limiter.keys import GateKeys
 from producer.follow import Ended
 from tests import proxy, servers
 from tests.fleet import Child, Ledger, Note, Site, until
+from tests.stalls import frozen
 from worker.contract import limit_of
 
 TARGET = "faulty:flow"
@@ -222,8 +223,12 @@ class Rig:
             again: most runs that may have been executed a second time.
             over: how many runs more than the limit may have been running at a time.
             trouble: whether each worker said what was wrong, once, and once that it was over.
+
+        A machine that stood still has frozen its workers, and what that may cost is allowed beside it.
         """
         ended = self.ended()
+        stood_still = frozen(self.notes.at, self.lease_s / 3)  # a third of a lease is between two calls
+        again, over = again + stood_still * self.concurrent, over + stood_still * self.concurrent
         assert Counter(each.index for each in ended) == Counter(range(self.count)), "one outcome per item"
         assert {each.outcome.status for each in ended} == {"completed"}, {each.outcome for each in ended}
         starts = self.notes.items("start")
@@ -236,20 +241,22 @@ class Rig:
         until(lambda: self.state()["in_use"] == 0, f"nothing in use: {self.state()}")
         self.all_live()
         for worker in self.workers:
-            self._judge_words(worker, trouble)
+            self._judge_words(worker, trouble, most=3 + stood_still)
         return ended
 
-    def _judge_words(self, worker: Child, trouble: bool | None) -> None:
+    def _judge_words(self, worker: Child, trouble: bool | None, most: int) -> None:
         said = self.said(worker)
         assert "Traceback" not in said, said
         assert "pump.fault" not in said and "run.fault" not in said, said
         if trouble is not None:
-            until(
-                lambda: (self.said(worker).count("redis.back") >= 1) is trouble,
-                f"redis.back={trouble}: {said}",
-            )
+            if trouble or most == 3:
+                until(
+                    lambda: (self.said(worker).count("redis.back") >= 1) is trouble,
+                    f"redis.back={trouble}: {said}",
+                )
             said = self.said(worker)
-            assert said.count("redis.trouble") <= 3 * said.count("redis.back") <= 9, f"said once: {said}"
+            back = said.count("redis.back")
+            assert back <= most and said.count("redis.trouble") <= 3 * back, f"said once: {said}"
 
     def state(self) -> dict[str, Any]:
         with self.site.client() as client:

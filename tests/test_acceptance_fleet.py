@@ -173,8 +173,14 @@ def test_a_worker_of_four_is_killed_and_the_fleet_completes_within_both_limits()
         workers = [site.pocketfleet("worker", "users:flow") for _ in range(4)]
         until(lambda: all("worker serves" in worker.output() for worker in workers), "all serve")
         enqueue = site.pocketfleet("enqueue", "users:flow", "--set", "count=200", "--batch", "b")
-        until(lambda: site.ledger.count("end") > 60 and busy(site), "the middle")
-        doomed = next(worker for worker in workers if worker.pid in busy(site))
+        at_work: list[Child] = []
+
+        def in_the_middle() -> bool:
+            at_work[:] = [worker for worker in workers if worker.pid in busy(site)]
+            return site.ledger.count("end") > 60 and bool(at_work)
+
+        until(in_the_middle, "the middle")
+        doomed = at_work[0]
 
         killed_at = doomed.kill()
 
