@@ -11,10 +11,12 @@ from time import monotonic
 from typing import Any
 
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from limiter.keys import wake_channel
 from limiter.sync import Abort, Grant, read_wake
+from limiter.wire import wire
 
 log = logging.getLogger("pocketfleet.limiter")
 
@@ -40,18 +42,18 @@ class WakeCalls:
         self._channel = wake_channel(process)
         self._ring = ring
         self._on_new_connection = on_new_connection
-        self._connected: Any = None
+        self._over: asyncio.Future[Exception] | None = None
+        self._heard_at = 0.0
         self.ready = asyncio.Event()
 
     async def listen(self) -> None:
         """Until cancelled."""
         pause_s = 0.1
         while True:
-            connection = self._connected = self._connection()
+            connection = self._connection()
             try:
                 await connection.connect()
-                await connection.send_command("SUBSCRIBE", self._channel, check_health=False)
-                await self._hear(connection)
+                await self._listen(connection)
             except (RedisError, OSError) as error:
                 log.debug("wake.lost error=%s", type(error).__name__)
             finally:
@@ -61,33 +63,44 @@ class WakeCalls:
 
     def reconnect(self) -> None:
         """Subscribe anew, where another server may answer by now."""
-        writer = getattr(self._connected, "_writer", None)
-        if writer is not None:
-            writer.close()
+        self.lost(RedisConnectionError("it is no primary any more"))
+
+    def hear(self, message: Any) -> None:
+        """One message of the subscription."""
+        if isinstance(message, RedisError):
+            self.lost(message)
+            return
+        if message[0] == b"message":
+            self._ring(*read_wake(message[2]))
+        elif message[0] == b"subscribe":
+            self.ready.set()
+            self._on_new_connection()
+        self._heard_at = monotonic()
+
+    def lost(self, error: Exception) -> None:
+        """Nothing more comes over this connection."""
+        if self._over is not None and not self._over.done():
+            self._over.set_result(error)
 
     def _connection(self) -> Any:
         """A bare one: no pool and no retries between a message and its pump."""
         pool = self._client.connection_pool
         return pool.connection_class(**pool.connection_kwargs | {"protocol": 2})
 
-    async def _hear(self, connection: Any) -> None:
-        heard_at, pinged = monotonic(), False
-        while True:
-            message = await connection.read_response(timeout=1.0)
-            if message is None:
-                silent_s = monotonic() - heard_at
-                if silent_s > DEAD_AFTER_S:
-                    return
-                if silent_s > PING_AFTER_S and not pinged:
-                    pinged = True
-                    await connection.send_command("PING", check_health=False)
-                continue
-            if message[0] == b"message":
-                self._ring(*read_wake(message[2]))
-            elif message[0] == b"subscribe":
-                self.ready.set()
-                self._on_new_connection()
-            heard_at, pinged = monotonic(), False
+    async def _listen(self, connection: Any) -> None:
+        """Until the connection is lost, or silent for too long."""
+        self._heard_at, self._over = monotonic(), asyncio.get_running_loop().create_future()
+        channel = wire(connection, self)
+        try:
+            channel.send("SUBSCRIBE", self._channel)
+            while (silent_s := monotonic() - self._heard_at) < DEAD_AFTER_S:
+                if silent_s > PING_AFTER_S:
+                    channel.send("PING")
+                await asyncio.wait([self._over], timeout=1.0)
+                if self._over.done():
+                    raise self._over.result()
+        finally:
+            channel.drop()
 
 
 async def _close(connection: Any) -> None:

@@ -1,0 +1,128 @@
+"""The pump's own connection: each call gets its own answer, whatever became of those before it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import fakeredis
+import pytest
+import redis
+
+from limiter.client import open_client
+from limiter.line import Line
+from tests import servers
+
+ECHO = """
+if ARGV[1] == 'fail' then return redis.error_reply('NOLIMITS none') end
+if ARGV[1] == 'spin' then for _ = 1, 2000000 do end end
+return ARGV[1]
+"""
+
+
+@pytest.fixture(autouse=True)
+def _echoes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("limiter.line.source", lambda path: ECHO)
+
+
+@contextlib.asynccontextmanager
+async def line_at(url: str, answer_s: float = 5.0) -> AsyncIterator[Line]:
+    client = open_client(url, answer_s=answer_s)
+    line = Line(client, Path("echo.lua"))
+    yield line
+    await line.close()
+    await client.aclose()
+
+
+def on_a_server(test: Callable[[redis.Redis, str], Coroutine[Any, Any, None]]) -> None:
+    with servers.running("valkey") as url:
+        client = redis.Redis.from_url(url)
+        try:
+            asyncio.run(test(client, url))
+        finally:
+            client.close()
+
+
+def test_answers_come_back_and_errors_of_the_server_leave_the_connection_open() -> None:
+    async def go(server: redis.Redis, url: str) -> None:
+        async with line_at(url) as line:
+            assert await line.call(["k"], [b"one"]) == b"one"
+            with pytest.raises(redis.ResponseError, match="NOLIMITS"):
+                await line.call(["k"], ["fail"])
+            server.script_flush()
+            large = os.urandom(8 * 1024 * 1024)
+            assert await line.call(["k"], [large]) == large
+            assert len(server.client_list()) == 2, "ours, and the one that asks"
+
+    on_a_server(go)
+
+
+def test_on_fakeredis_it_answers_alike() -> None:
+    async def go() -> None:
+        client = fakeredis.FakeAsyncRedis(version=(7,))
+        line = Line(client, Path("echo.lua"))
+        assert await line.call(["k"], [b"one"]) == b"one"
+        with pytest.raises(redis.ResponseError, match="NOLIMITS"):
+            await line.call(["k"], ["fail"])
+        assert await line.call(["k"], [b"two"]) == b"two"
+        await line.close()
+        assert await line.call(["k"], [b"three"]) == b"three"
+        await line.close()
+        await client.aclose()
+
+    asyncio.run(go())
+
+
+def test_an_answer_that_comes_after_its_call_was_cancelled_is_nobodys() -> None:
+    async def go(server: redis.Redis, url: str) -> None:
+        async with line_at(url) as line:
+            assert await line.call(["k"], [b"warm"]) == b"warm"
+            for number in range(20):
+                call = line.call(["k"], ["spin"])
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(call, 0.001 * number)
+                assert await line.call(["k"], [str(number)]) == str(number).encode()
+
+    on_a_server(go)
+
+
+def test_a_connection_that_is_closed_while_nothing_is_asked_is_opened_again() -> None:
+    async def go(server: redis.Redis, url: str) -> None:
+        async with line_at(url) as line:
+            assert await line.call(["k"], [b"one"]) == b"one"
+            mine = server.client_id()
+            for each in server.client_list():
+                if int(each["id"]) != mine:
+                    server.client_kill_filter(_id=each["id"])
+            await asyncio.sleep(0.05)
+            assert await line.call(["k"], [b"two"]) == b"two"
+
+    on_a_server(go)
+
+
+def test_a_server_that_does_not_answer_or_goes_away_fails_the_call_and_not_the_next() -> None:
+    async def go(server: redis.Redis, url: str) -> None:
+        pid: Any = server.info("server")["process_id"]  # type: ignore[index]
+        async with line_at(url, answer_s=0.3) as line:
+            assert await line.call(["k"], [b"one"]) == b"one"
+            os.kill(pid, signal.SIGSTOP)
+            with pytest.raises(redis.TimeoutError):
+                await line.call(["k"], [b"two"])
+            os.kill(pid, signal.SIGCONT)
+        async with line_at(url) as line:
+            assert await line.call(["k"], [b"three"]) == b"three"
+            os.kill(pid, signal.SIGSTOP)
+            asked = asyncio.create_task(line.call(["k"], [b"four"]))
+            await asyncio.sleep(0.05)
+            line._wire._transport.abort()  # type: ignore[union-attr]
+            with pytest.raises(redis.ConnectionError):
+                await asked
+            os.kill(pid, signal.SIGCONT)
+            assert await line.call(["k"], [b"five"]) == b"five"
+
+    on_a_server(go)
