@@ -96,6 +96,10 @@ class _OneLine(logging.Formatter):
         return super().formatMessage(record)
 
 
+LINE_A_REQUEST = ("httpx", "google_genai.models")
+"""Libraries that write a line at INFO for every request: thousands here. A level that a user's code sets holds."""
+
+
 def prefix_items(log_level: str, batch: str = "") -> None:
     """Prefix stdout and stderr, and show log lines from `log_level` on.
 
@@ -109,5 +113,8 @@ def prefix_items(log_level: str, batch: str = "") -> None:
     logging.basicConfig(level=log_level, handlers=[shown])
     logging.getLogger().setLevel(log_level)
     logging.getLogger("arq").setLevel(logging.WARNING)
+    for logger in map(logging.getLogger, LINE_A_REQUEST):
+        if log_level == "INFO" and logger.level == logging.NOTSET:
+            logger.setLevel(logging.WARNING)
     if batch and log_level != "DEBUG":
         logging.getLogger("pocketfleet").setLevel(logging.WARNING)
