@@ -87,7 +87,8 @@ class Ledger:
         """Every line, or those of one word, in order of time."""
         if not self.path.exists():
             return []
-        lines = [line.split() for line in self.path.read_text().splitlines()]
+        whole, _, _ = self.path.read_text().rpartition("\n")  # the last line may be on its way
+        lines = [line.split() for line in whole.splitlines()]
         found = [Note(float(at), int(pid), what, item) for at, pid, what, item in lines]
         return sorted((each for each in found if word in ("", each.word)), key=lambda each: each.at)
 

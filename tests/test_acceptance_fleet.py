@@ -159,6 +159,24 @@ def written(site: Site) -> Path:
     return path
 
 
+def frozen_at_work(site: Site, workers: list[Child]) -> Child:
+    """One of the workers, stopped while it runs something."""
+    found: list[Child] = []
+
+    def caught() -> bool:
+        for worker in workers:
+            if worker.pid in busy(site):
+                worker.tell(signal.SIGSTOP)
+                if worker.pid in busy(site):
+                    found.append(worker)
+                    return True
+                worker.tell(signal.SIGCONT)
+        return False
+
+    until(caught, "one is at work")
+    return found[0]
+
+
 def test_a_worker_of_four_is_killed_and_the_fleet_completes_within_both_limits() -> None:
     account_window_s = WINDOW_S - CONNECTING_S
     with (
@@ -173,14 +191,8 @@ def test_a_worker_of_four_is_killed_and_the_fleet_completes_within_both_limits()
         workers = [site.pocketfleet("worker", "users:flow") for _ in range(4)]
         until(lambda: all("worker serves" in worker.output() for worker in workers), "all serve")
         enqueue = site.pocketfleet("enqueue", "users:flow", "--set", "count=200", "--batch", "b")
-        at_work: list[Child] = []
-
-        def in_the_middle() -> bool:
-            at_work[:] = [worker for worker in workers if worker.pid in busy(site)]
-            return site.ledger.count("end") > 60 and bool(at_work)
-
-        until(in_the_middle, "the middle")
-        doomed = at_work[0]
+        until(lambda: site.ledger.count("end") > 60, "the middle")
+        doomed = frozen_at_work(site, workers)
 
         killed_at = doomed.kill()
 

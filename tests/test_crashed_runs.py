@@ -96,7 +96,7 @@ def test_a_killed_run_goes_on_after_the_nodes_it_has_paid_for() -> None:
 
 def test_fifty_runs_that_lose_their_host_three_times_are_not_quarantined() -> None:
     with fleet.site({"crash.py": FLOW}) as site:
-        site.enqueue("crash:rated", [{"n": n, "s": 0.6} for n in range(50)])
+        site.enqueue("crash:rated", [{"n": n, "s": 1.5} for n in range(50)])
         killed_while(site, "crash:rated", 50)
         killed_while(site, "crash:rated", 50)
         killed_while(site, "crash:rated", 2)  # by now they run alone, two at a time

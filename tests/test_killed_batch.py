@@ -24,6 +24,7 @@ import pytest
 from limiter.keys import GateKeys
 from tests.faults import seed
 from tests.fleet import Ledger, Note, Site, children_of, lives, processes_in, site, until
+from tests.stalls import frozen
 
 CONCURRENT, STARTS, WINDOW_S, LEASE_S = 20, 600, 2.0, 2.0
 WORKERS = 2
@@ -75,10 +76,12 @@ class Night:
     Attributes:
         killed: process -> second at which it was dead.
         told: process -> second at which it was told to leave at once, because its producer is gone.
+        began: second at which all began.
     """
 
     def __init__(self, place: Site, words: tuple[str, ...], dice: random.Random) -> None:
         self.place, self.words, self.dice = place, words, dice
+        self.began = time.monotonic()
         self.producer = place.pocketfleet(*words)
         self.workers = [place.pocketfleet("worker", "killed:flow") for _ in range(WORKERS)]
         self.killed: dict[int, float] = {}
@@ -171,11 +174,11 @@ def test_producer_and_workers_are_killed_at_random_and_every_item_has_one_line(
         "--output",
         output,
     )
-    night, began = Night(place, words, random.Random(seed())), time.monotonic()
+    night = Night(place, words, random.Random(seed()))
     night.kill(every_s, most)
     assert night.producer.code() == 0, night.producer.output()
     assert f"{count} completed" in night.producer.output()
-    took_s = time.monotonic() - began
+    took_s = time.monotonic() - night.began
 
     rows = rows_of(place.directory / output)
     assert Counter(row["index"] for row in rows) == Counter(range(count)), "every item once"
@@ -213,8 +216,9 @@ def judge(night: Night, count: int) -> int:
     assert set(starts) == {f"{letter}.{n}" for letter in "ab" for n in range(count)}
     again = {item for item, times in starts.items() if times > 1}
     unexcused = sorted(again - night.excused())
-    assert not unexcused, f"run again though nobody was killed: {unexcused[:10]}"
-    assert ledger.peak(night.killed) <= CONCURRENT
+    over = CONCURRENT * frozen(night.began, LEASE_S / 3)  # a machine that stood still has frozen its workers
+    assert len(unexcused) <= over, f"run again though nobody was killed: {unexcused[:10]}"
+    assert ledger.peak(night.killed) <= CONCURRENT + over
     assert Runs(ledger).busiest(WINDOW_S - LATE_S) <= STARTS
     with night.place.client() as client:
         until(

@@ -280,11 +280,11 @@ def test_ten_thousand_runs_cost_the_same_each() -> None:
             for i in range(runs)
         ]
         random.Random(1).shuffle(trees)
-        start = time.perf_counter()
+        start = time.process_time()
         for index, tree in enumerate(trees):
             merger.add(index, tree)
         merger.finish()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     few = min(seconds(1000) for _ in range(3))
     assert seconds(10_000) < 10 * few * 4
