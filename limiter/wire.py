@@ -38,7 +38,7 @@ class Wire(asyncio.BufferedProtocol):
             replyError=connection._parser.parse_error,
             notEnoughData=NOTHING_YET,
         )
-        self._buffer = bytearray(BUFFER_BYTES)
+        self._buffer = memoryview(bytearray(BUFFER_BYTES))  # TLS slices it, which must not copy
         self._transport: asyncio.Transport = connection._writer.transport
         self._transport.set_protocol(self)
 
@@ -51,7 +51,7 @@ class Wire(asyncio.BufferedProtocol):
         self._hearer = None
         self._transport.close()
 
-    def get_buffer(self, sizehint: int) -> bytearray:
+    def get_buffer(self, sizehint: int) -> memoryview:
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -90,20 +90,29 @@ class StreamWire:
             task.cancel()
 
     async def _send_all(self) -> None:
-        while True:
-            await self._connection.send_command(*await self._sends.get())
+        while self._hearer is not None:  # redis-py's wait_for may have swallowed the cancel
+            try:
+                await self._connection.send_command(*await self._sends.get())
+            except (RedisError, OSError) as error:
+                self._end(error)
 
     async def _hear_all(self) -> None:
         while self._hearer is not None:
             try:
                 reply = await self._connection.read_response(disconnect_on_error=False)
             except RedisConnectionError as error:
-                self._hearer.lost(error)
+                self._end(error)
                 return
             except RedisError as error:
                 reply = error
             if self._hearer is not None:
                 self._hearer.hear(reply)
+
+    def _end(self, error: Exception) -> None:
+        hearer = self._hearer
+        self.drop()
+        if hearer is not None:
+            hearer.lost(error)
 
 
 def wire(connection: Any, hearer: Hearer) -> Wire | StreamWire:

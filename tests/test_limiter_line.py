@@ -126,3 +126,23 @@ def test_a_server_that_does_not_answer_or_goes_away_fails_the_call_and_not_the_n
             assert await line.call(["k"], [b"five"]) == b"five"
 
     on_a_server(go)
+
+
+def test_on_fakeredis_a_server_that_is_gone_fails_the_call_at_once_and_leaves_no_task() -> None:
+    async def go() -> None:
+        server = fakeredis.FakeServer(version=(7,))
+        client = fakeredis.FakeAsyncRedis(server=server)
+        line = Line(client, Path("echo.lua"))
+        assert await line.call(["k"], [b"one"]) == b"one"
+        server.connected = False
+        async with asyncio.timeout(2):
+            with pytest.raises(redis.ConnectionError):
+                await line.call(["k"], [b"two"])
+        server.connected = True
+        assert await line.call(["k"], [b"three"]) == b"three"
+        await line.close()
+        await asyncio.sleep(0.05)
+        assert [task.get_coro().__qualname__ for task in asyncio.all_tasks()] == [go.__qualname__]  # type: ignore[union-attr]
+        await client.aclose()
+
+    asyncio.run(go())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import subprocess
 import tempfile
@@ -16,6 +17,7 @@ import redis
 from limiter.check import checked_connection
 from limiter.client import open_client, open_sync_client
 from limiter.errors import RedisRefused
+from limiter.line import Line
 from limiter.settings import FleetSettings, checked_url
 from tests import servers
 from tests.fleet import site
@@ -147,3 +149,20 @@ def test_a_fleet_runs_over_tls_also_its_host_process(secured: Secured) -> None:
         wrong = here.arq("users:flow", "--burst", POCKETFLEET_REDIS_URL=secured.url("127.0.0.1"))
         assert wrong.code() == 3
         assert wrong.output().count("\n") == 1 and "certificate" in wrong.output()
+
+
+def test_answers_of_many_records_come_whole_and_each_to_its_call(
+    secured: Secured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("limiter.line.source", lambda path: "return ARGV[1]")
+
+    async def go() -> None:
+        client = open_client(secured.url(ssl_ca_certs=secured.ca))
+        line = Line(client, Path("echo.lua"))
+        for size in (1, 20_000, 100_000, 3, 1_000_000):  # a record holds at most 16 KiB
+            sent = os.urandom(size)
+            assert await line.call(["k"], [sent]) == sent, f"{size} bytes"
+        await line.close()
+        await client.aclose()
+
+    asyncio.run(go())
