@@ -113,7 +113,7 @@ class _Sends(AbstractConnection):
     """Sends as redis-py should.
 
     redis-py sends under `asyncio.wait_for`: on Python 3.11 it loses a cancel that comes while the bytes
-    have just gone out, and it costs a task per call. And it packs arguments one by one in Python.
+    have just gone out, and it costs a task per call.
     """
 
     async def send_packed_command(

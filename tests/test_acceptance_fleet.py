@@ -305,7 +305,7 @@ def test_an_interrupted_run_prints_the_command_that_continues_it(embedded: Site)
     run = started(embedded, "--workers", "2")
     pids = {each.pid for each in embedded.ledger.notes("open")}
 
-    run.tell(signal.SIGINT)
+    interrupted_at = run.tell(signal.SIGINT)
 
     assert run.code() == 130, run.output()
     assert not any(map(lives, pids)), "it does not leave its workers behind"
@@ -315,8 +315,9 @@ def test_an_interrupted_run_prints_the_command_that_continues_it(embedded: Site)
     again = embedded.typed(told[1])
     assert again.code() == 0, again.output()
     assert set(embedded.ledger.items("end")) == {str(n) for n in range(12)}
-    # cut short once; once more by the other worker, if it was handed the run before it heard of the end
-    assert max(embedded.ledger.items("start").values()) <= 3
+    # cut short once; once more by the other worker, if the machine stood still before it heard of the end
+    stood_still = slack_s(interrupted_at) > 0
+    assert max(embedded.ledger.items("start").values()) <= (3 if stood_still else 2)
     assert len(lines(written(embedded))) == 12
 
 
