@@ -22,19 +22,34 @@ local function unpace(slack)
   state.next_start = math.min(state.next_start, due)
 end
 
+-- Grants that a wake message brought after this call was composed are void: their starts come back. Returns how
+-- many there were; as many places are the process's turn now, as they were when they were granted.
+local function take_back_unheard()
+  local unheard = 0
+  for attempt, count, stamp in string.gmatch(record.pushed, '(%d+):(%d+):(%d+)') do
+    if tonumber(attempt) > call.last_grant then
+      unheard = unheard + tonumber(count)
+      if stamp ~= '0' then redis.call('LREM', STARTS, count, stamp) end
+    end
+  end
+  record.pushed = ''
+  return unheard
+end
+
 -- Slack: a process that had to give grants back doubles it (at most 5 s); it decays by a sixteenth of
 -- the time that passes, so that stamps stay in order.
 local function tune_slack()
   local least = math.max(state.window / 240, 10000)
   local slack = math.max(least, state.slack)
   slack = math.max(least, slack - (now - state.slack_at) / 16)
+  local before = slack
   if call.returned ~= '' then
     for stamp, count in string.gmatch(call.returned, '(%d+) (%d+)') do
       redis.call('LREM', STARTS, count, stamp)
     end
-    if state.even == 1 and gate.rate > 0 then unpace(slack) end
     if string.sub(call.returned, 1, 4) == 'late' then slack = math.min(5000000, slack * 2) end
   end
+  if (call.returned ~= '' or gate.unheard > 0) and state.even == 1 and gate.rate > 0 then unpace(before) end
   state.slack, state.slack_at = math.floor(slack), now
 end
 
@@ -125,7 +140,9 @@ local function turn()
   if call.leave or free <= 0 then return 0 end
   local others = state.waiting - (record.kind ~= '-' and 1 or 0)
   if others <= 0 then return free end
-  if first_ticket() == me then return math.min(free, fair_share()) end
+  local owed = math.min(gate.unheard, call.permits)
+  if first_ticket() == me then return math.min(free, math.max(owed, fair_share())) end
+  if owed > 0 then return math.min(free, owed) end
   if ended > 0 and call.permits == 0 and state.callers == 0 then
     return math.max(0, math.min(free, ended, fair_share() - record.held))
   end
@@ -206,6 +223,7 @@ end
 -- The window as it is now, and the delayed runs that are due.
 local function roll_window()
   gate.logs = gate.rate > 0 or state.rate > 0 -- also while the operator has lifted the rate: no start is forgotten
+  gate.unheard = record.pushed == '' and 0 or take_back_unheard()
   tune_slack()
   if state.even == 1 and gate.rate > 0 then state.next_start = math.min(state.next_start, now + interval()) end -- a raised rate counts at once
   gate.used = trim_starts()

@@ -6,11 +6,11 @@ local call = {
   birth = tonumber(ARGV[7]), started = tonumber(ARGV[8]), limits = ARGV[9], override = ARGV[10],
   successes = tonumber(ARGV[11]), counted_under = tonumber(ARGV[12]), refused = tonumber(ARGV[13]),
   pause = tonumber(ARGV[14]), returned = ARGV[15], leave = ARGV[16] == '1', reset = ARGV[17] == '1',
-  stand = ARGV[18] == '1', flows = {},
+  stand = ARGV[18] == '1', last_grant = tonumber(ARGV[19]), flows = {},
 }
-local flow_count = tonumber(ARGV[19])
-for i = 1, flow_count do call.flows[i] = ARGV[19 + i] end
-local FIRST_ENTRY = 20 + flow_count
+local flow_count = tonumber(ARGV[20])
+for i = 1, flow_count do call.flows[i] = ARGV[20 + i] end
+local FIRST_ENTRY = 21 + flow_count
 
 local state, record = load(me)
 local now = clock(state)
@@ -76,12 +76,7 @@ local function remember_override()
   event(now, 'override', 'remembered by a process after a data loss', '', '', me)
 end
 
-local function lifetime_ms()
-  if state.flows > 0 then return WEEK end
-  return math.ceil(math.max(state.window, 2 * state.lease) / 1000) + 60000
-end
-
-local function expire(key) redis.call('PEXPIRE', key, lifetime_ms()) end
+local function expire(key) redis.call('PEXPIRE', key, lifetime_ms(state)) end
 
 -- Claims that no living record owns go back to their places (a gate that is new, a flow first served).
 local function sweep(flow)
@@ -97,7 +92,8 @@ end
 local function meet_gate()
   local was_cold = state.cold
   if state.gen == 0 then create_gate() end
-  if call.birth > 0 and call.birth < state.gen then state.cold = 1 end
+  -- a birth that is later is of a gate whose clock ran ahead; 1 is that of a gate that had to be healed
+  if call.birth > 0 and call.birth ~= state.gen and state.gen > 1 then state.cold = 1 end
   if call.started == 0 then call.started = now end
   if call.override ~= '' then remember_override() end
   take_limits()
@@ -122,9 +118,12 @@ local function join()
   gate.unknown = not record and call.seq > 1 and call.held > 0
   if gate.unknown then call.permits, call.jobs = 0, 0 end
   if not record then
+    -- what it gives back may be given back already, by this call, whose answer got lost, while it was known
+    call.returned, call.successes = '', 0
     state.processes = state.processes + 1
     record = {
       number = state.processes, held = 0, seq = 0, kind = '-', idle = false, flows = 0, ends = 0, want = 0, since = now,
+      pushed = '',
     }
     state.touched = 0
   end

@@ -153,6 +153,7 @@ class Calls:
             counted_under=self.cut,
             leave=not pump.wanted,
             stand=self._stands_beside(joint),
+            last_grant=self._last_grant,
             flows=crew.flows if crew else (),
         )
         news.put_into(call)
@@ -185,6 +186,8 @@ class Calls:
             self._news.add_first(call.entries)
             pump.kick()
             return []
+        if answer.birth != self._birth:
+            self._last_grant = 0  # another gate counts anew
         self._birth, self._started, self.cut = answer.birth, answer.started, answer.cut
         self._override = answer.override
         if answer.note:

@@ -79,8 +79,8 @@ local function exact(number)
 end
 
 local function read_record(text)
-  local n, held, seq, extended, kind, idle, flows, ends, want, since =
-    string.match(text or '', '^(%d+) (%d+) (%d+) (%d) (%S) (%d) (%d+) (%d+) (%d+) (%d+)$')
+  local n, held, seq, extended, kind, idle, flows, ends, want, since, pushed =
+    string.match(text or '', '^(%d+) (%d+) (%d+) (%d) (%S) (%d) (%d+) (%d+) (%d+) (%d+) ?(%S*)$')
   if not n then return nil end
   return {
     number = tonumber(n), held = tonumber(held), seq = tonumber(seq), extended = extended == '1',
@@ -89,12 +89,13 @@ local function read_record(text)
     -- this one alone), 'j' jobs, '-' nothing
     want = tonumber(want), -- permits it may be granted in its wake message
     since = tonumber(since), -- when what it holds last changed, us
+    pushed = pushed, -- what wake messages granted it since its last call, each 'attempt:count:stamp,'
   }
 end
 
 local function write_record(r)
-  return string.format('%.0f %.0f %.0f %d %s %d %.0f %.0f %.0f %.0f', r.number, r.held, r.seq,
-    r.extended and 1 or 0, r.kind, r.idle and 1 or 0, r.flows, r.ends, r.want, r.since)
+  return string.format('%.0f %.0f %.0f %d %s %d %.0f %.0f %.0f %.0f %s', r.number, r.held, r.seq,
+    r.extended and 1 or 0, r.kind, r.idle and 1 or 0, r.flows, r.ends, r.want, r.since, r.pushed)
 end
 
 local function is_active(record)
@@ -209,6 +210,24 @@ local function extend_after_stall(state, now)
     if extended > 0 then event(now, 'stall', 'no call arrived', '0', exact(gap / 1000000), 'redis') end
   end
   state.last = now
+end
+
+-- How long the keys of a gate outlive the last word of its processes.
+local function lifetime_ms(state)
+  if state.flows > 0 then return WEEK end
+  return math.ceil(math.max(state.window, 2 * state.lease) / 1000) + 60000
+end
+
+-- Lifetimes are renewed a few times a lease, also by those whose loop is too busy to call: once the state, which
+-- says when, is written.
+local function lifetimes_are_due(state, now)
+  if now - state.touched < state.lease / 3 then return false end
+  state.touched = now
+  return true
+end
+
+local function renew_lifetimes(state)
+  for _, key in ipairs({ GATE, LEASES, STARTS, TICKETS, FLOWS }) do redis.call('PEXPIRE', key, lifetime_ms(state)) end
 end
 
 -- What a batch has for itself lives until its end and then its own `keep`, ms.

@@ -1,4 +1,4 @@
--- renew: keep the lease of a process whose event loop is too busy to call. Decides nothing else.
+-- renew: keep the lease of a process whose event loop is too busy to call, and the gate. Decides nothing else.
 --
 -- KEYS, ARGV[1] process, ARGV[2] now   as in gate.lua
 --
@@ -15,5 +15,7 @@ end
 record.extended = false
 record.ends = math.max(record.ends, now + state.lease)
 redis.call('ZADD', LEASES, whole(record.ends), ARGV[1])
+local renew = lifetimes_are_due(state, now)
 save(state, { 'p:' .. ARGV[1], write_record(record) })
+if renew then renew_lifetimes(state) end
 return record.ends - now

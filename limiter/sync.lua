@@ -19,7 +19,8 @@
 -- ARGV[16]  leave      1 = this process goes; it holds nothing any more
 -- ARGV[17]  reset      1 = the level goes back to its initial value; no start and no slot is forgotten
 -- ARGV[18]  stand      1 = keep my place in line: somebody waits here for this gate and another at once
--- ARGV[19]  flows      how many names of flows follow; then per entry: id, attempt, flow's number, what, arg
+-- ARGV[19]  last grant highest attempt that a wake message granted and the process has taken over; 0 = none
+-- ARGV[20]  flows      how many names of flows follow; then per entry: id, attempt, flow's number, what, arg
 --                      what = completed|failed|aborted|quarantined|lost (arg = outcome; with 'blob:' in
 --                      front it stands under blob:<b>:<i>:<attempt>) | result:<ms> (arg = arq's record)
 --                      | save (arg = checkpoint of a run that goes on, or is refused or handed back next)

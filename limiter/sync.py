@@ -68,6 +68,7 @@ class Call:
     leave: bool = False
     reset: bool = False
     stand: bool = False
+    last_grant: int = 0
     flows: Sequence[str] = ()
     entries: list[Entry] = field(default_factory=list)
     heard: list[Entry] = field(default_factory=list)
@@ -94,6 +95,7 @@ class Call:
             1 if self.leave else 0,
             1 if self.reset else 0,
             1 if self.stand else 0,
+            self.last_grant,
             len(self.flows),
             *self.flows,
         ]

@@ -16,19 +16,20 @@ end
 
 -- Grant the head what it waits for, in its wake message: it need not ask. Not beyond its fair share, so that
 -- one that is frozen gets no more than it might have held anyway. The grant belongs to the head's last call:
--- it is void once the head has made another, whose absolute `held` takes it back.
+-- it is void once the head has made another, whose absolute `held` takes it back (see take_back_unheard).
 local function grant_head()
   local head = first_ticket()
   if not head or head == me then return false end
   local record = read_record(redis.call('HGET', GATE, 'p:' .. head))
   if not record or record.kind ~= 'p' then return false end
   local count = math.min(gate.free, record.want, fair_share() - record.held)
-  if count <= 0 or redis.call('PUBSUB', 'NUMSUB', channel_of(head))[2] == 0 then return false end
+  if count <= 0 or #record.pushed > 1000 or redis.call('PUBSUB', 'NUMSUB', channel_of(head))[2] == 0 then return false end
   local stamp = stamp_starts(count)
   state.attempt = state.attempt + count
   state.in_use = state.in_use + count
   gate.free, gate.used = gate.free - count, gate.used + (gate.logs and count or 0)
   record.held, record.want, record.since, state.admitted = record.held + count, record.want - count, now, now
+  record.pushed = record.pushed .. string.format('%.0f:%.0f:%.0f,', state.attempt, count, stamp)
   state.peak = math.max(state.peak, state.in_use)
   if record.want > 0 then take_ticket(head) else drop_ticket(head, record) end
   redis.call('HSET', GATE, 'p:' .. head, write_record(record))
@@ -90,10 +91,6 @@ local function stand_idle(idle)
     for _, flow in ipairs(call.flows) do redis.call('ZREM', idle_of(flow), me) end
   end
   record.idle = idle
-end
-
-local function renew_lifetimes()
-  for _, key in ipairs({ GATE, LEASES, STARTS, TICKETS, FLOWS }) do expire(key) end
 end
 
 -- Written only when a fifth of it is gone: most calls of a busy process need not touch the lease.
@@ -180,9 +177,8 @@ end
 
 -- Write the state, keep the answer in case it has to be given again, and give it.
 local function reply()
-  local renew = now - state.touched >= state.lease / 3
-  if renew then state.touched = now end
   if now - state.sampled >= SAMPLE_EVERY then trail().sample() end
+  local renew = lifetimes_are_due(state, now)
   local head, refused = header(), table.concat(gate.refused, ' ')
   if call.leave then
     leave()
@@ -195,14 +191,14 @@ local function reply()
     local stored = head .. '\n' .. refused .. '\n' .. table.concat(ids, ' ')
     save(state, { 'p:' .. me, write_record(record), 'a:' .. me, stored })
   end
-  if renew then renew_lifetimes() end
+  if renew then renew_lifetimes(state) end
   return with_jobs(head, refused, gate.claimed)
 end
 
 -- The same number gets the same answer: header and ids as stored, payloads and records read again.
 local function answer_again()
   record.extended = false
-  record.ends = now + state.lease
+  record.ends = math.max(record.ends, now + state.lease) -- it was told that much
   redis.call('ZADD', LEASES, whole(record.ends), me)
   save(state, { 'p:' .. me, write_record(record) })
   local stored = redis.call('HGET', GATE, 'a:' .. me) or ''

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +251,8 @@ class Member:
     stands: bool = False
     """Whether it waits here for other gates too."""
     idle: tuple[str, ...] = ()
+    pushed: list[Grant] = field(default_factory=list)
+    """What wake messages granted it since its last call."""
     raw: list[Any] = field(default_factory=list)
 
 
@@ -278,6 +280,7 @@ class Ledger:
                 "repeated",
                 "stale",
                 "pushed",
+                "void",
             ),
             0,
         )
@@ -515,7 +518,10 @@ class Ledger:
         answer = read_answer(raw)
         self._open_gate(call, now)
         self._reap(me, now)
-        unknown = me not in self.members and call.seq > 1 and call.held > 0
+        known = me in self.members
+        unknown = not known and call.seq > 1 and call.held > 0
+        if not known:  # it may be a repetition of what was heard before the record went
+            call = replace(call, returned="", successes=0)
         member = self.members.setdefault(me, Member())
         member.extended = False
         before = self.in_use()
@@ -529,7 +535,8 @@ class Ledger:
             if call.leave and item.state == "claimed" and item.owner == me:
                 item.state = "waiting"
         self._adapt(call, before, now)
-        self._return_stamps(call, now)
+        void = self._take_back(call, member)
+        self._return_stamps(call, void, now)
         self._release_due(now)
         self._find_kept(call, together is not None, now)
         self._grants(call, member, answer, unknown, now, several=together is not None)
@@ -565,7 +572,7 @@ class Ledger:
             self.word = self.kept
         if call.override and int(call.override.split()[3]) > (-1 if not self.word else self.said(3) or 0):
             self.word = self.kept = call.override
-        if 0 < call.birth < self.birth:
+        if call.birth not in (0, self.birth) and self.birth > 1:
             self.cold = True
         started = call.started or now
         if call.limits and started > self.config_from:
@@ -708,7 +715,20 @@ class Ledger:
         if wanted != self.level:
             self.level, self.oks = min(top, wanted), 0
 
-    def _return_stamps(self, call: Call, now: int) -> None:
+    def _take_back(self, call: Call, member: Member) -> int:
+        """Grants that the process had not heard of when it composed the call are void, and no starts."""
+        void = [grant for grant in member.pushed if grant.attempt > call.last_grant]
+        member.pushed = []
+        for grant in void:
+            for _ in range(grant.count):
+                self.starts.remove((grant.now, grant.stamp or grant.now))
+                if grant.stamp in self.stamps:
+                    self.stamps.remove(grant.stamp)
+            self.paced = [each for each in self.paced if each[1] != grant.stamp]
+        self.counts["void"] += len(void)
+        return sum(grant.count for grant in void)
+
+    def _return_stamps(self, call: Call, void: int, now: int) -> None:
         least = max(self.window // 240, 10_000)
         before = max(least, max(least, self.slack) - (now - self.slack_at) / 16)
         words = [int(word) for word in call.returned.split() if word.isdigit()]
@@ -716,7 +736,7 @@ class Ledger:
             for _ in range(min(count, self.stamps.count(stamp))):
                 self.stamps.remove(stamp)
                 self.paced = [each for each in self.paced if each[1] != stamp]
-        if words and self.even:
+        if (words or void) and self.even:
             last = self.stamps[-1] - math.floor(before) + self.interval() if self.stamps else 0
             self.due = min(self.due, last)
         late = call.returned.startswith("late")
@@ -818,6 +838,7 @@ class Ledger:
             member.held += grant.count
             member.wanted -= grant.count
             member.waits = member.wanted > 0
+            member.pushed.append(grant)
             self.counts["pushed"] += grant.count
 
     def _pace(self, given: int, now: int, stamp: int) -> None:
@@ -963,6 +984,7 @@ class Pump:
     cut: int = 0
     override: str = ""
     last_start: int = 0
+    last_grant: int = 0
     runs: dict[str, int] = field(default_factory=dict)
     """Jobs that run here, with their attempts."""
     permits: int = 0
@@ -1003,6 +1025,7 @@ class Pump:
             pause_us=self.pause_us,
             returned=self.returned,
             leave=leave,
+            last_grant=self.last_grant,
             flows=self.flows,
             entries=entries,
         )
@@ -1042,7 +1065,7 @@ class Pump:
             return False
         self.permits += grant.count
         self.wanted -= grant.count
-        self.last_start = grant.now
+        self.last_start, self.last_grant = grant.now, grant.attempt
         return True
 
 

@@ -667,7 +667,48 @@ def test_an_unheard_grant_goes_back_with_the_next_call_of_its_process(ledger: Le
     says(ledger, 10 * S + 50_000, ask("A", 3, RATED))
     assert [name for name, _ in ledger.pushed] == ["B", "C"]
     answer = says(ledger, 10 * S + 50_001, ask("B", 2, RATED, held=0, permits=2))
-    assert (answer.in_use, answer.used, answer.permits) == (1, 3, 0), "its starts stay spent"
+    assert (answer.in_use, answer.used, answer.permits) == (3, 3, 2), "its starts and its turn came back"
+
+
+def test_of_several_grants_only_the_unheard_ones_go_back(ledger: Ledger) -> None:
+    limits = Limits("L", 4, 6, window_s=10)
+    says(ledger, 0, ask("A", 1, limits, permits=4))
+    says(ledger, 1, ask("B", 1, limits, permits=9))
+    grants = []
+    for seq, held in ((2, 3), (3, 2)):
+        says(ledger, seq, ask("A", seq, limits, held=held))
+        grants += [grant for _, grant in ledger.pushed]
+    assert [grant.count for grant in grants] == [1, 1]
+    answer = says(ledger, 4, ask("B", 2, limits, held=1, permits=8, last_grant=grants[0].attempt))
+    assert ledger.counts["void"] == 1
+    assert (answer.permits, answer.in_use, answer.used) == (1, 4, 6), "one start came back, and is given anew"
+
+
+def test_what_is_given_back_counts_once_though_the_answer_was_lost_with_the_record(ledger: Ledger) -> None:
+    """The record goes with a call that leaves, or as its lease ends; the same call may come again then."""
+    given = says(ledger, 0, ask("A", 1, RATED, permits=3))
+    leaving = ask("A", 2, RATED, leave=True, returned=f"{given.stamp} 1", birth=given.birth)
+    for after in (1, 2):
+        assert says(ledger, S + after, leaving).used == 2
+    assert says(ledger, 2 * S, ask("B", 1, RATED, permits=3)).permits == 1
+
+
+def test_a_gate_whose_clock_is_behind_the_birth_that_is_remembered_has_lost_its_data(ledger: Ledger) -> None:
+    says(ledger, 0, ask("B", 1, RATED))
+    answer = says(ledger, 1, ask("A", 7, RATED, held=2, birth=T0 + 60 * S))
+    assert answer.status == 1
+    assert says(ledger, 2, ask("B", 2, RATED, permits=1)).reason == "cold"
+
+
+def test_renewing_keeps_the_gate_though_nobody_calls(ledger: Ledger) -> None:
+    """A loop that is blocked for longer than the gate lives without calls still holds its slot."""
+    says(ledger, 0, ask("A", 1, PLAIN, permits=1))
+    gate = ledger.gate
+    for after in range(1, 10):
+        gate.client.pexpire(gate.keys.gate, 20_000)
+        gate.client.pexpire(gate.keys.leases, 20_000)
+        assert gate.renew("A", T0 + after * 6 * S) > 0
+        assert gate.client.pttl(gate.keys.gate) > 60_000 < gate.client.pttl(gate.keys.leases)
 
 
 def test_a_silent_head_is_granted_no_more_than_its_fair_share(ledger: Ledger) -> None:
