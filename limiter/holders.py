@@ -49,7 +49,7 @@ async def read_holders(client: Redis, limit: str) -> list[Holder]:
 def _holder(process: str, words: list[str], now: int) -> Holder | None:
     """`words` as `write_record` in `gate.lua` writes them."""
     try:
-        _, held, _, _, kind, _, _, ends, _, since = words
+        _, held, _, _, kind, _, _, ends, _, since = words[:10]
         host, pid, _ = process.rsplit(":", 2) if process.count(":") >= 2 else (process, "0", "")
         return Holder(
             process=process,
