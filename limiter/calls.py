@@ -91,6 +91,8 @@ class Calls:
         """The gate noted nothing of it: what happened is said again in the next one."""
         self._in_flight = None
         self._news.put_back(call)
+        if self._slots.crew is not None:
+            self._slots.crew.unheard()
 
     def granted(self, grant: Grant) -> None:
         """The gate gave permits to the waiters here, after it answered call `grant.seq`.

@@ -30,6 +30,9 @@ class Crew(Protocol):
     def take(self, jobs: list[Claimed], start_by: float, stamp: int) -> None:
         """Start them; one that cannot start before `start_by` (monotonic seconds) is given back."""
 
+    def unheard(self) -> None:
+        """The gate noted nothing of the call: nothing is asked for any more."""
+
     def lost(self, job: str) -> None:
         """The attempt is no longer ours: stop the run, its outcome will not be recorded."""
 

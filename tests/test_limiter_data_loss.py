@@ -34,6 +34,9 @@ class Crew:
         if len(self.jobs) == 2:
             self.full.set()
 
+    def unheard(self) -> None:
+        raise AssertionError("the gate noted nothing")
+
     def lost(self, job: str) -> None:
         raise AssertionError(f"{job} was lost")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from redis.asyncio import Redis
 
 from limiter.pump import Pump
-from limiter.sync import Claimed
+from limiter.sync import MOST, Claimed
 from worker.alone import AFTER_DEATHS, run_of
 from worker.checkpoint import Saver
 from worker.registry import ServedFlow
@@ -26,7 +26,14 @@ SLICE = 50
 
 
 class Crew:
-    """Serves the flows of one limit. Its worker decides how many runs there is room for."""
+    """Serves the flows of one limit. Its worker decides how many runs there is room for.
+
+    Attributes:
+        asked: jobs asked for in the call that is in flight.
+        wants: whether its last call was given all that it asked for, which may be nothing: then more jobs may
+            wait, and the gate does not say so.
+        fed: number of the worker's last answer that brought it jobs; the lowest has waited longest.
+    """
 
     def __init__(self, worker: FleetWorker, pump: Pump, served: list[ServedFlow], client: Redis) -> None:
         self.pump = pump
@@ -35,19 +42,21 @@ class Crew:
         self.serves = {each.name: each for each in served}
         self.flows = [each.name for each in served]
         self.savers = {each.name: Saver(each) for each in served}
-        self.asked = 0
+        self.asked = self.fed = 0
+        self.wants = False
         self.runs: dict[str, Run] = {}
         self.show_traces = worker.show_traces
         self.children = worker.children
         self._worker = worker
 
     def room(self) -> int:
-        self.asked = 0
-        self.asked = self._worker.room()
+        self.asked = self._worker.room(self)
         return self.asked
 
     def take(self, jobs: list[Claimed], start_by: float, stamp: int) -> None:
-        self.asked = 0
+        self.asked, self.wants = 0, len(jobs) >= min(self.asked, MOST)
+        if jobs:
+            self.fed = 1 + max(crew.fed for crew in self._worker.crews)
         runs = [
             run_of(self, claimed, start_by, stamp)
             if claimed.deaths >= AFTER_DEATHS
@@ -57,6 +66,11 @@ class Crew:
         for run in runs:
             self.runs[run.claimed.id] = run
         self._start(runs)
+        self._worker.offer()
+
+    def unheard(self) -> None:
+        self.asked, self.wants = 0, True
+        self._worker.offer()
 
     def _start(self, runs: list[Run]) -> None:
         """Start a slice of the runs, the others a moment later, so that what ends at once is already on its
@@ -88,4 +102,4 @@ class Crew:
         if self.runs.get(run.claimed.id) is run:
             del self.runs[run.claimed.id]
             self.pump.kick()
-            self._worker.ended(self)
+            self._worker.offer()

@@ -68,22 +68,38 @@ class FleetWorker:
             self._hurry.set()
         self._stopping.set()
 
-    def room(self) -> int:
-        """How many more runs may start, less what other crews have asked for."""
+    def room(self, crew: Crew) -> int:
+        """How many more runs `crew` may start: what is free and not asked for by others, and no more than its
+        share while others want places too."""
         if self._draining:
             return 0
-        return max(0, self._max_jobs - self.running - sum(crew.asked for crew in self.crews))
+        free = self._max_jobs - self.running
+        if len(self.crews) > 1:
+            free -= sum(other.asked for other in self.crews if other is not crew)
+            free = min(free, self._share(crew) - len(crew.runs))
+        return max(0, free)
+
+    def _share(self, crew: Crew) -> int:
+        """An equal part of the places that are not taken by crews which want no more; what does not divide goes
+        to those that got nothing for longest."""
+        others = [other for other in self.crews if other is not crew]
+        wanting = [other for other in others if other.wants]
+        if not wanting:
+            return self._max_jobs
+        places = self._max_jobs - sum(len(other.runs) for other in others if not other.wants)
+        ahead = sum(other.fed < crew.fed for other in wanting)
+        return (places + len(wanting) - ahead) // (len(wanting) + 1)
 
     @property
     def running(self) -> int:
         return sum(len(crew.runs) for crew in self.crews)
 
-    def ended(self, crew: Crew) -> None:
-        """A run of `crew` is over; the others may take its place if the worker was full."""
-        if len(self.crews) > 1 and self.running >= self._max_jobs - 1:
-            for other in self.crews:
-                if other is not crew:
-                    other.pump.kick()
+    def offer(self) -> None:
+        """Places have come free, or nobody asks for them any more: have the crews ask that want them."""
+        if len(self.crews) > 1:
+            for crew in self.crews:
+                if crew.wants and not crew.asked and self.room(crew):
+                    crew.pump.kick()
 
     async def _serve(self) -> None:
         for each in self._served:
