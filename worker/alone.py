@@ -22,7 +22,7 @@ from worker.children import Child
 from worker.contract import QUARANTINED, Failure, Outcome, decode_job, encode_outcome
 from worker.keeping import BESIDE
 from worker.leaving import give_back_unstarted
-from worker.record import fetch, save_entry, settle, store_beside
+from worker.record import fetch, save_entry, settle, store_beside, take_away
 from worker.registry import ServedFlow
 from worker.run import HOST, Ending, Run, attempts_of
 
@@ -142,6 +142,8 @@ class LoneRun(Run):
             return await fetch(self, args[0])
         if what == "set":
             return await store_beside(self, args[0], args[1])
+        if what == "unlink":
+            return await take_away(self, args[0])
         if what == "save":
             flow_number, how, arg = args
             await self.pump.save(Entry(self.claimed.id, self.claimed.attempt, flow_number, how, arg))

@@ -109,6 +109,9 @@ class Worker:
     async def set(self, key: str, data: bytes, px: int) -> Any:
         return await self._ask("set", key, data)
 
+    async def unlink(self, key: str) -> Any:
+        return await self._ask("unlink", key)
+
     def ended(self, run: Run) -> None:
         """The worker knows."""
 

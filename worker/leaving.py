@@ -50,12 +50,16 @@ def give_back_unstarted(run: Run) -> None:
 
 async def give_up(run: Run, served: ServedFlow) -> None:
     """It was stopped: handed back it takes with it what the gate does not know yet."""
-    if run.ending == "aborted":
-        settle(run, ABORTED)  # whoever cancelled the batch has recorded it; this frees the slot
     if run.ending == "hand":
         settle(run, "hand", first=await run.kept(served).handed_back(run.step, run.shared))
+    else:
+        leave_as_saved(run)
 
 
 def leave_as_saved(run: Run) -> None:
-    if run.ending == "hand":
+    """It was stopped, also while it was on its way to the gate. Nothing is left to say of one that is no longer
+    ours, whose slot went with the claim, nor of one that was refused."""
+    if run.ending == "aborted":
+        settle(run, ABORTED)  # whoever cancelled the batch has recorded it; this frees the slot
+    elif run.ending == "hand":
         settle(run, "hand")

@@ -54,8 +54,21 @@ def settle(run: Run, what: str, arg: bytes | int = b"", first: Entry | None = No
 
 
 async def store_beside(run: Run, key: str, data: bytes) -> None:
-    """Write `data` under `key` for a week, however long Redis takes."""
-    await _until_answered(lambda: run.crew.client.set(key, data, px=BLOB_MS))
+    """Write `data` under `key` for a week, however long Redis takes. A run that is stopped meanwhile leaves
+    nothing there, since no call will name it."""
+    client = run.crew.client
+    storing = asyncio.ensure_future(_until_answered(lambda: client.set(key, data, px=BLOB_MS)))
+    try:
+        await asyncio.shield(storing)
+    except asyncio.CancelledError:
+        await storing  # what is on its way would arrive after it was taken away
+        await take_away(run, key)
+        raise
+
+
+async def take_away(run: Run, key: str) -> None:
+    """Have nothing stand under `key`, however long Redis takes."""
+    await _until_answered(lambda: run.crew.client.unlink(key))
 
 
 async def fetch(run: Run, key: str) -> bytes:

@@ -1,0 +1,146 @@
+"""A run that is stopped while its large outcome is on its way to Redis leaves neither a slot nor the outcome behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from pocketflow import AsyncNode
+from redis.asyncio import Redis
+
+from limiter.keys import GateKeys
+from limiter.process import open_process
+from producer.batch import as_async, write_spool
+from producer.cancel import cancel
+from producer.enqueue import enqueue
+from producer.flows import ThrottledAsyncParallelBatchFlow
+from tests import servers
+from worker.fleet_worker import FleetWorker
+from worker.record import LARGE
+from worker.registry import named
+
+NAME = "leaving"
+KEYS = GateKeys(NAME)
+
+
+class Big(AsyncNode):  # type: ignore[type-arg]
+    async def post_async(self, shared: Any, prep_res: Any, exec_res: Any) -> None:
+        shared["big"] = "x" * LARGE
+
+
+class SlowToStore:
+    """The worker's client; what it is told to set it sets when it may, also when nobody waits for it any more."""
+
+    def __init__(self, client: Redis) -> None:
+        self._client = client
+        self.begun, self.may = asyncio.Event(), asyncio.Event()
+
+    async def set(self, *args: Any, **given: Any) -> Any:
+        self.sent = asyncio.create_task(self._set(*args, **given))
+        return await asyncio.shield(self.sent)
+
+    async def _set(self, *args: Any, **given: Any) -> None:
+        self.begun.set()
+        await self.may.wait()
+        await self._client.set(*args, **given)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with servers.running("valkey") as url:
+        yield url
+
+
+@contextlib.asynccontextmanager
+async def storing(url: str, data_dir: Path) -> AsyncIterator[tuple[FleetWorker, SlowToStore]]:
+    """A worker that has begun to store the outcome of its one run."""
+    process = await open_process(url)
+    await process.client.flushall()
+    served = named(ThrottledAsyncParallelBatchFlow(Big(), name=NAME), "leaving:flow", 15.0)
+    worker = FleetWorker(process, [served], max_jobs=10, drain_s=5)
+    running = asyncio.create_task(worker.run())
+    async with asyncio.timeout(20):
+        while not worker.crews:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        slow = SlowToStore(process.client)
+        worker.crews[0].client = cast(Any, slow)
+        spool = await write_spool(
+            data_dir, "b", served, as_async([{}], "items"), bytes, max_bytes=1000, where="items", first=None
+        )
+        await enqueue(process.client, spool)
+        await slow.begun.wait()
+        yield worker, slow
+        worker.stop()
+        await running
+        await process.close()
+
+
+async def over(worker: FleetWorker) -> None:
+    while worker.running:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
+async def blobs(slow: SlowToStore) -> list[bytes]:
+    await slow.sent
+    return [key async for key in slow.scan_iter(KEYS.root + "blob:*")]
+
+
+def test_a_cancelled_batch_gets_its_slot_back(url: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with storing(url, tmp_path) as (worker, slow):
+            pump = worker.crews[0].pump
+            assert pump.held == 1
+            assert (await cancel(cast(Redis, slow), NAME, NAME, "b", 1)).running == 1
+            while not all(run.ending for run in worker.crews[0].runs.values()):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            slow.may.set()
+            await over(worker)
+
+            assert pump.held == 0
+            assert not await blobs(slow)
+            await pump.contact()
+            await pump.contact()
+            assert pump.answer is not None and pump.answer.in_use == 0
+            rows = await slow.xrange(KEYS.out("b"))
+            assert [row[b"s"] for _, row in rows] == [b"aborted"]
+
+    asyncio.run(main())
+
+
+def test_a_run_that_is_no_longer_ours_leaves_nothing(url: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with storing(url, tmp_path) as (worker, slow):
+            pump, (job,) = worker.crews[0].pump, worker.crews[0].runs
+            pump.slots.end(job)  # as the pump does with a claim that the gate refused
+            worker.crews[0].lost(job)
+            slow.may.set()
+            await over(worker)
+
+            assert pump.held == 0
+            assert not await blobs(slow)
+
+    asyncio.run(main())
+
+
+def test_a_run_that_is_handed_back_stands_in_the_queue_again(url: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with storing(url, tmp_path) as (worker, slow):
+            worker.stop(at_once=True)
+            while not all(run.ending for run in worker.crews[0].runs.values()):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            slow.may.set()
+            await over(worker)
+
+            assert worker.crews[0].pump.held == 0
+            assert not await blobs(slow)
+            assert await slow.zcard(KEYS.queue(NAME)) == 1
+            assert await slow.xlen(KEYS.out("b")) == 0
+
+    asyncio.run(main())
