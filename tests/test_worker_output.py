@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextvars
+import io
+
 import pytest
 
 from tests import fleet
+from worker import output
 
 CHATTY = """
 import logging, sys
@@ -36,3 +40,51 @@ def test_a_line_a_request_is_left_out_unless_the_user_wants_it(words: list[str],
         child = site.python("chatty.py", *words)
         assert child.code() == 0, child.output()
         assert child.output().splitlines() == shown
+
+
+DOTS = """
+import os
+from pocketflow import AsyncNode
+from pocketfleet import ThrottledAsyncParallelBatchFlow
+
+class Step(AsyncNode):
+    async def exec_async(self, _):
+        print("a line\\nand a dot", end="", flush=self.params["flushes"])
+        if self.params["last"]:
+            os.write(1, b"the last one\\n")
+
+class Dots(ThrottledAsyncParallelBatchFlow):
+    max_concurrent_flows = 1
+
+flow = Dots(start=Step())
+"""
+
+
+def test_what_a_run_has_not_ended_with_a_newline_goes_out_when_it_ends() -> None:
+    with fleet.site({"dots.py": DOTS}) as site:
+        site.enqueue("dots:flow", [{"flushes": n == 1, "last": n == 2} for n in range(3)])
+        worker = site.pocketfleet("worker", "dots:flow", "--burst")
+        assert worker.code() == 0, worker.output()
+        shown = [line for line in worker.output().splitlines() if line.startswith("[b:") or "last" in line]
+        each = [[f"[b:{n}] a line", f"[b:{n}] and a dot"] for n in range(3)]
+        assert shown == each[0] + each[1] + each[2][:1] + ["the last one"] + each[2][1:]
+
+
+def test_a_run_that_is_over_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    stream = output.ItemPrefix(out)
+    monkeypatch.setattr(output, "_prefixed", [stream])
+
+    def run(tag: str) -> None:
+        output.item.set(tag)
+        stream.write(".")
+        stream.flush()
+        stream.write(".")
+        output.end_lines()
+        output.end_lines()
+
+    for n in range(3):
+        contextvars.copy_context().run(run, f"b:{n}")
+
+    assert out.getvalue() == "[b:0] ..\n[b:1] ..\n[b:2] ..\n"
+    assert stream._begun == {}

@@ -11,7 +11,8 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from worker.run import LeftTask, item
+from worker.output import item
+from worker.run import LeftTask
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
 import sys
 import threading
@@ -10,7 +11,9 @@ from collections.abc import Iterable
 from typing import Any, TextIO
 
 from limiter.printable import plain, printable
-from worker.run import item
+
+item: contextvars.ContextVar[str] = contextvars.ContextVar("pocketfleet_item", default="")
+"""Batch item of the run that is speaking, for prefixes of prints and logs."""
 
 
 class ItemPrefix:
@@ -59,6 +62,14 @@ class ItemPrefix:
                     self._begun[each] = "", True
             self._put_out()
 
+    def end(self, tag: str) -> None:
+        """The run is over: put out what it has not ended with a newline, as a line of its own."""
+        if tag in self._begun:
+            with self._turn:
+                held, begun = self._begun.pop(tag)
+                self._put(("" if begun else self._mark(tag)) + plain(held) + "\n")
+                self._put_out()
+
     def _put(self, text: str) -> None:
         with contextlib.suppress(BrokenPipeError):  # whoever listened was killed: no run fails for that
             self._stream.write(text)
@@ -73,6 +84,16 @@ class ItemPrefix:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+_prefixed: list[ItemPrefix] = []
+
+
+def end_lines() -> None:
+    """The run that calls is over: what it has not ended with a newline goes out."""
+    for stream in _prefixed:
+        with contextlib.suppress(OSError, ValueError):  # a full disk, a closed stream
+            stream.end(item.get())
 
 
 class _OneLine(logging.Formatter):
@@ -108,6 +129,7 @@ def prefix_items(log_level: str, batch: str = "") -> None:
     if not isinstance(sys.stdout, ItemPrefix):
         sys.stdout = ItemPrefix(sys.stdout, batch)
         sys.stderr = ItemPrefix(sys.stderr, batch)
+        _prefixed[:] = sys.stdout, sys.stderr
     shown = logging.StreamHandler(sys.stderr)
     shown.setFormatter(_OneLine("%(levelname)s %(name)s %(message)s"))
     logging.basicConfig(level=log_level, handlers=[shown])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 import socket
 import time
@@ -31,6 +30,7 @@ from worker.failure import failure_of
 from worker.guard import guard
 from worker.keeping import Keeping
 from worker.leaving import give_back_unstarted, give_up, go_back, leave_as_saved
+from worker.output import end_lines, item
 from worker.record import record, settle, travelling
 from worker.refused import Refused
 from worker.registry import ServedFlow
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("pocketfleet.worker")
 
 HOST = socket.gethostname()
-
-item: contextvars.ContextVar[str] = contextvars.ContextVar("pocketfleet_item", default="")
-"""Batch item of the run that is speaking, for prefixes of prints and logs."""
 
 Ending = Literal["", "hand", "lost", "refused", "aborted"]
 
@@ -146,6 +143,7 @@ class Run:
             log.exception("run.fault job=%s", self.claimed.id)
             settle(self, FAILED, encode_outcome(Outcome(FAILED, failure=failure_of(error, self.node))))
         finally:
+            end_lines()
             self.crew.ended(self)
 
     async def _base(self) -> bytes:
