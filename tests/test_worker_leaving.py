@@ -1,4 +1,5 @@
-"""A run that is stopped while its large outcome is on its way to Redis leaves neither a slot nor the outcome behind."""
+"""A run that is stopped leaves nothing behind: not while its large outcome is on its way to Redis, nor before its
+start."""
 
 from __future__ import annotations
 
@@ -32,6 +33,11 @@ class Big(AsyncNode):  # type: ignore[type-arg]
         shared["big"] = "x" * LARGE
 
 
+SERVED = named(
+    ThrottledAsyncParallelBatchFlow(Big(), name=NAME, max_flows_per_minute=60), "leaving:flow", 15.0
+)
+
+
 class SlowToStore:
     """The worker's client; what it is told to set it sets when it may, also when nobody waits for it any more."""
 
@@ -59,27 +65,35 @@ def url() -> Iterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def storing(url: str, data_dir: Path) -> AsyncIterator[tuple[FleetWorker, SlowToStore]]:
-    """A worker that has begun to store the outcome of its one run."""
+async def serving(url: str) -> AsyncIterator[tuple[FleetWorker, SlowToStore]]:
     process = await open_process(url)
     await process.client.flushall()
-    served = named(ThrottledAsyncParallelBatchFlow(Big(), name=NAME), "leaving:flow", 15.0)
-    worker = FleetWorker(process, [served], max_jobs=10, drain_s=5)
+    worker = FleetWorker(process, [SERVED], max_jobs=10, drain_s=5)
     running = asyncio.create_task(worker.run())
     async with asyncio.timeout(20):
         while not worker.crews:  # noqa: ASYNC110
             await asyncio.sleep(0)
         slow = SlowToStore(process.client)
         worker.crews[0].client = cast(Any, slow)
-        spool = await write_spool(
-            data_dir, "b", served, as_async([{}], "items"), bytes, max_bytes=1000, where="items", first=None
-        )
-        await enqueue(process.client, spool)
-        await slow.begun.wait()
         yield worker, slow
         worker.stop()
         await running
         await process.close()
+
+
+async def enqueue_one(slow: SlowToStore, data_dir: Path) -> None:
+    source = as_async([{}], "items")
+    spool = await write_spool(data_dir, "b", SERVED, source, bytes, max_bytes=1000, where="items", first=None)
+    await enqueue(cast(Redis, slow), spool)
+
+
+@contextlib.asynccontextmanager
+async def storing(url: str, data_dir: Path) -> AsyncIterator[tuple[FleetWorker, SlowToStore]]:
+    """A worker that has begun to store the outcome of its one run."""
+    async with serving(url) as (worker, slow):
+        await enqueue_one(slow, data_dir)
+        await slow.begun.wait()
+        yield worker, slow
 
 
 async def over(worker: FleetWorker) -> None:
@@ -142,5 +156,28 @@ def test_a_run_that_is_handed_back_stands_in_the_queue_again(url: str, tmp_path:
             assert not await blobs(slow)
             assert await slow.zcard(KEYS.queue(NAME)) == 1
             assert await slow.xlen(KEYS.out("b")) == 0
+
+    asyncio.run(main())
+
+
+def test_a_job_that_arrives_after_the_stop_goes_back_without_a_start(url: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(url) as (worker, slow):
+            crew, ask = worker.crews[0], worker.crews[0].room
+
+            def room() -> int:
+                asked = ask()
+                worker.stop()
+                return asked
+
+            await crew.pump.contact()
+            crew.room = room  # type: ignore[method-assign]
+            await enqueue_one(slow, tmp_path)
+            await worker.stopped.wait()
+
+            assert not slow.begun.is_set()
+            assert await slow.zcard(KEYS.queue(NAME)) == 1
+            assert crew.pump.answer is not None
+            assert (crew.pump.answer.in_use, crew.pump.answer.used) == (0, 0)
 
     asyncio.run(main())

@@ -33,7 +33,7 @@ class Gate:
     """One limit with its queue, as the pump of a crew meets it: who finds less than it asked for is told."""
 
     def __init__(self, name: str, worker: FleetWorker, most: int, waiting: int = 0) -> None:
-        self.name, self.most, self.waiting = name, most, waiting
+        self.name, self.worker, self.most, self.waiting = name, worker, most, waiting
         self.kicked = True
         self.calls = self.given = 0
         self.asked: int | None = None  # in flight
@@ -103,7 +103,18 @@ def test_a_call_that_the_gate_did_not_note_gives_its_places_free() -> None:
     a.crew.unheard()
 
     assert b.kicked
-    assert a.kicked
+    assert not a.kicked, "it would get the same answer"
+
+
+def test_what_is_claimed_after_the_stop_is_given_back_before_it_starts() -> None:
+    (a,) = gates(10, (5, 40))
+    a.call()
+
+    a.worker.stop()
+    a.answer()
+
+    assert [run.ending for run in a.crew.runs.values()] == ["hand"] * 5
+    assert a.crew.room() == 0
 
 
 def test_idle_crews_come_to_rest_and_each_is_known_to_its_gate() -> None:

@@ -65,11 +65,13 @@ class Crew:
         ]
         for run in runs:
             self.runs[run.claimed.id] = run
+            if self._worker.draining:  # told to stop while it asked: given back before it starts
+                run.ending = "hand"
         self._start(runs)
         self._worker.offer()
 
     def unheard(self) -> None:
-        self.asked, self.wants = 0, True
+        self.asked, self.wants = 0, False
         self._worker.offer()
 
     def _start(self, runs: list[Run]) -> None:

@@ -47,7 +47,7 @@ class FleetWorker:
         self._drain_s = drain_s
         self._burst = burst
         self.show_traces = show_traces
-        self._draining = False
+        self.draining = False
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         self.crews: list[Crew] = []
@@ -64,6 +64,7 @@ class FleetWorker:
 
     def stop(self, *, at_once: bool = False) -> None:
         """Take no more jobs and let runs finish for `drain_s`, or not at all; then hand them back."""
+        self.draining = True  # from this moment: what another worker hands back is not for us
         if at_once:
             self._hurry.set()
         self._stopping.set()
@@ -71,7 +72,7 @@ class FleetWorker:
     def room(self, crew: Crew) -> int:
         """How many more runs `crew` may start: what is free and not asked for by others, and no more than its
         share while others want places too."""
-        if self._draining:
+        if self.draining:
             return 0
         free = self._max_jobs - self.running
         if len(self.crews) > 1:
@@ -158,7 +159,7 @@ class FleetWorker:
 
     async def _drain(self) -> None:
         """Let runs finish for the grace, then hand them back; wait until the gate has heard."""
-        self._draining = True
+        self.draining = True
         for crew in self.crews:
             crew.pump.kick()
         if self.running:
