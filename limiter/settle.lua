@@ -178,10 +178,16 @@ local function job_of(i, known, text)
   return job
 end
 
--- An outcome too large for a call was stored first, for a week; recorded, it lives as long as its batch.
+-- Where an outcome too large for a call was stored first, for a week.
+local function blob_of(id, attempt)
+  local name, index = parts(id)
+  return ROOT .. 'blob:' .. name .. ':' .. index .. ':' .. attempt
+end
+
+-- Recorded, it lives as long as its batch.
 local function keep_blob(id, attempt)
   local name, index = parts(id)
-  local key = ROOT .. 'blob:' .. name .. ':' .. index .. ':' .. attempt
+  local key = blob_of(id, attempt)
   local outcome = redis.call('GET', key)
   if outcome then
     redis.call('HSET', ROOT .. 'blobs:' .. name, index .. ':' .. attempt, outcome)
@@ -191,7 +197,10 @@ end
 
 local function settle_entry(i, job)
   local id, attempt, what, arg = ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 3], ARGV[i + 4]
-  if not job or job.attempt ~= attempt then return false end
+  if not job or job.attempt ~= attempt then
+    if string.sub(what, 1, 5) == 'blob:' then redis.call('DEL', blob_of(id, ARGV[i + 1])) end
+    return false
+  end
   local act = SETTLE[what]
   local status = ENDED[what] and what or not act and string.match(what, '^blob:(.+)$')
   if act then

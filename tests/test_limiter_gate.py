@@ -670,6 +670,15 @@ def test_an_unheard_grant_goes_back_with_the_next_call_of_its_process(ledger: Le
     assert (answer.in_use, answer.used, answer.permits) == (3, 3, 2), "its starts and its turn came back"
 
 
+def test_a_large_outcome_of_an_attempt_that_is_no_more_is_not_kept(ledger: Ledger) -> None:
+    put(ledger, 0, 1)
+    says(ledger, 1, jobs("A", 1, 1))
+    ledger.gate.client.set(ledger.gate.keys.blob("b", 0, T0 + 7), b"large", px=600_000)
+    answer = says(ledger, 2, jobs("A", 2, 0, held=1, entries=[ended(0, 7, "blob:completed", "")]))
+    assert answer.refused == [job_id("L", "b", 0)]
+    assert not ledger.gate.client.exists(ledger.gate.keys.blob("b", 0, T0 + 7))
+
+
 def test_of_several_grants_only_the_unheard_ones_go_back(ledger: Ledger) -> None:
     limits = Limits("L", 4, 6, window_s=10)
     says(ledger, 0, ask("A", 1, limits, permits=4))
