@@ -11,10 +11,12 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import shlex
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -221,11 +223,26 @@ def record_of(ended: Ended, params: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def json_line(record: dict[str, Any]) -> bytes:
-    return _json(record) + b"\n"
+    """A record as a line of JSON; keys that JSON has not are spelled: `"null"`, `"true"`, base64, digits."""
+    return _rendered(record, lambda record: _json(record) + b"\n")
 
 
 def csv_line(record: dict[str, Any]) -> bytes:
     """The same as a CSV row: text as it is, everything else as JSON, line breaks as \\n."""
+    return _rendered(record, _csv_line)
+
+
+def _rendered(record: dict[str, Any], rendered: Callable[[dict[str, Any]], bytes]) -> bytes:
+    """The line of a record; where that cannot be, one without what the user's code gave, which says so."""
+    try:
+        return rendered(record)
+    except Exception as error:  # whatever one item gave, the batch goes on
+        said = f"params, action and changed cannot be written here: {type(error).__name__}: {error!s:.200}"
+        bare: dict[str, Any] = {"params": None, "action": None, "changed": {}}
+        return rendered({**record, **bare, "notes": [*record["notes"], said]})
+
+
+def _csv_line(record: dict[str, Any]) -> bytes:
     error = record["error"]
     cells = {**record, **{f"error_{key}": getattr(error, key, "") for key in _ERROR}}
     return _row([_cell(cells[column]) for column in COLUMNS])
@@ -252,4 +269,21 @@ def _json(value: Any) -> bytes:
     try:
         return msgspec.json.encode(value)
     except (TypeError, ValueError):
-        return json.dumps(msgspec.to_builtins(value, str_keys=True), default=repr).encode()
+        return json.dumps(_spelled(msgspec.to_builtins(value, enc_hook=repr)), default=repr).encode()
+
+
+def _spelled(value: Any) -> Any:
+    """The value with text for keys, as `msgspec.json` spells those that it takes.
+
+    >>> _spelled({None: [{True: 1, 2: float("nan")}]})
+    {'null': [{'true': 1, '2': None}]}
+    """
+    if isinstance(value, dict):
+        return {_key(key): _spelled(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_spelled(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _key(key: Any) -> str:
+    return json.dumps(key) if key is None or isinstance(key, bool) else str(key)

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from producer.follow import Ended
 from producer.journal import Journal
-from producer.lines import LineFile
+from producer.lines import LineFile, csv_line, json_line, record_of
 from producer.spool import Spool
 from producer.spool_writer import SpoolWriter
 from worker import codec
@@ -245,3 +246,29 @@ def test_another_file_gets_every_line_and_one_that_was_changed_is_written_anew(t
     path.unlink()
     follow(spool, path, [])
     assert path.read_bytes() == expected
+
+
+ODD = {None: 1, True: {False: [{None: b"x"}]}, 7: float("nan"), b"ab": "\n", 1.5: 2}
+
+
+def test_keys_that_json_has_not_are_spelled_in_a_line(tmp_path: Path) -> None:
+    spool = spool_in(tmp_path)
+    odd = ended(0, difference={"=": {"odd": ODD}}, place=1)
+    for name in ("out.jsonl", "out.csv"):
+        follow(spool, tmp_path / name, [odd, ended(1, place=2)])
+    spelled = {"null": 1, "true": {"false": [{"null": "eA=="}]}, "7": None, "YWI=": "\n", "1.5": 2}
+    first, second = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert (first["changed"], second["index"]) == ({"odd": spelled}, 1)
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert (json.loads(rows[0]["changed"]), rows[1]["index"]) == ({"odd": spelled}, "1")
+
+
+@pytest.mark.parametrize("line", [json_line, csv_line])
+def test_a_line_that_cannot_be_written_says_so(line: Callable[[dict[str, Any]], bytes]) -> None:
+    deep: dict[str, Any] = {}
+    deep["again"] = deep
+    record = record_of(ended(3, difference={}), {"user": 3})
+    said = line({**record, "changed": deep}).decode()
+    assert "params, action and changed cannot be written here: RecursionError" in said
+    assert said.startswith(('{"index":3,', "3,completed,")) and said.count("\n") == 1
