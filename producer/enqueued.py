@@ -13,7 +13,7 @@ from limiter.settings import load
 from producer.actions import cancel_batch
 from producer.errors import FlowFailed, ProducerError
 from producer.follow import Ended
-from producer.follower import Follower, mend, named
+from producer.follower import Follower, catch_up, mend, named
 from producer.journal import Journal
 from producer.known import Known, known_batch
 from producer.lines import record_of
@@ -72,7 +72,7 @@ class Batch:
     """A batch that was enqueued; workers run it whether anybody follows it or not.
 
     `async for outcome in batch` gives each item's outcome once, those of before first, and ends with the
-    batch. May be done again. A loop that is cancelled leaves the batch running and says its id.
+    batch; an item that is retried meanwhile gives another one. May be done again. A loop that is cancelled leaves the batch running and says its id.
 
     Attributes:
         id: names it to every command and to `run_on_fleet(batch=...)`.
@@ -98,6 +98,7 @@ class Batch:
         try:
             async with known_batch(load(ProducerSettings), self.id) as known:
                 with known.locked_journal() as journal:
+                    await catch_up(known.client, known.limit, self.id, journal)
                     async for outcome in _outcomes(known, journal):
                         yield outcome
         except asyncio.CancelledError as stopped:

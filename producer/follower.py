@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 
 from limiter.keys import GateKeys
 from producer.facts import Facts, read_facts
-from producer.follow import Ended, gather_s, read
+from producer.follow import BLOCK_MS, Ended, gather_s, read
 from producer.journal import Journal
 from worker.contract import job_id
 
@@ -68,7 +68,7 @@ class Follower:
         self._seen: set[tuple[int, int]] = set()
         self._look_at = 0.0
         self._doubt_since: float | None = None
-        self._drained = False
+        self._drained = self._read_again = False
         self.end: End = ""
         self.lost: list[int] = []
         self.facts: Facts | None = None
@@ -99,7 +99,7 @@ class Follower:
 
     async def _read(self) -> list[Ended]:
         # nothing of it is left: what stands in the stream is all there is, and needs no waiting for
-        block_ms = None if self._nothing_left() else 2_000
+        block_ms = None if self._nothing_left() else BLOCK_MS
         try:
             found = await read(self._client, self._limit, self._batch, self._position, block_ms)
         except (RedisError, OSError):
@@ -166,7 +166,10 @@ class Follower:
         if self._doubt_since is None:
             self._doubt_since = monotonic()
         elif monotonic() - self._doubt_since > self._lease_s + LOOK_IDLE_S:
-            if forgotten or (facts is not None and facts.enqueued):
+            if self._journal is not None and not self._read_again:
+                # an outcome that its journal had no use for when it came: of an item appended elsewhere
+                self._read_again, self._drained, self._position = True, False, "0-0"
+            elif forgotten or (facts is not None and facts.enqueued):
                 await self._name_lost()
             else:
                 self.end = "stopped"
@@ -183,12 +186,15 @@ class Follower:
             self.end = "lost"
             return
         try:
-            lost = [
-                index
-                async for index in lost_items(
-                    self._client, self._limit, self._flow, self._batch, self._journal.unended()
-                )
-            ]
+            found = lost_items(
+                self._client,
+                self._limit,
+                self._flow,
+                self._batch,
+                self._journal.unended(),
+                done_too=self._drained,  # an outcome that is in no stream is lost as well
+            )
+            lost = [index async for index in found]
         except (RedisError, OSError):
             return
         self._doubt_since = monotonic() - self._lease_s - LOOK_IDLE_S + RECHECK_S
@@ -198,7 +204,8 @@ class Follower:
 
 
 async def catch_up(client: Redis, limit: str, batch: str, journal: Journal) -> Facts | None:
-    """Write down every outcome that stands in the stream by now; returns the facts of the batch.
+    """Write down every outcome that stands in the stream by now, and every retry that was asked for, from
+    whatever host; returns the facts of the batch.
 
     A Redis that does not know the batch as the journal does has nothing to add.
     """
@@ -214,13 +221,16 @@ async def catch_up(client: Redis, limit: str, batch: str, journal: Journal) -> F
             break
         journal.take(found)
         position = found[-1].position
+    if journal.epoch == facts.epoch:
+        asked = await client.hgetall(GateKeys(limit).retries(batch))  # type: ignore[misc]
+        journal.learn((int(index), int(number)) for index, number in asked.items())
     return facts
 
 
 async def lost_items(
-    client: Redis, limit: str, flow: str, batch: str, indexes: Iterable[int]
+    client: Redis, limit: str, flow: str, batch: str, indexes: Iterable[int], *, done_too: bool = False
 ) -> AsyncIterator[int]:
-    """Those of `indexes` that neither wait nor run nor are done, as Redis knows them."""
+    """Those of `indexes` that neither wait nor run nor are done (or are, with `done_too`), as Redis knows them."""
     keys, left = GateKeys(limit), iter(indexes)
     while some := list(islice(left, TOGETHER)):
         # the queue first: an item that leaves it in between has its done bit by then
@@ -228,7 +238,7 @@ async def lost_items(
         asked = [word for index in some for word in ("GET", "u1", index)]
         done = await client.execute_command("BITFIELD", keys.done(batch), *asked)  # type: ignore[no-untyped-call]
         for index, score, bit in zip(some, scores, done, strict=True):
-            if score is None and not bit:
+            if score is None and (done_too or not bit):
                 yield index
 
 

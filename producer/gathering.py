@@ -34,11 +34,14 @@ class Gathering:
         completed, failed: how many ended, and how.
         refusals: how often runs were refused; successes: runs completed since one that was refused.
         conflicts: entries that runs changed differently and no rule joined.
+        replaced: whether an item has ended again, so that what the merged store has of it is out of date: what
+            counts is to be gathered anew.
     """
 
     def __init__(self, flow: ThrottledAsyncParallelBatchFlow, shared: Any, spool: Spool) -> None:
         self.results: list[Any] = [None] * spool.count
         self.completed = self.failed = self.refusals = self.successes = 0
+        self.replaced = False
         self._ended = bytearray(spool.count)
         self._strict = flow.conflicts == "fail"
         base = spool.base()
@@ -52,10 +55,14 @@ class Gathering:
     def take(self, ended: Ended) -> tuple[FlowFailed | None, Conflict | None]:
         """Take an item's outcome; returns its failure, and the batch's first conflict where it makes that.
 
+        An item that was retried meanwhile may end again: its last outcome counts.
+
         Raises:
             ConflictError: the flow stops at a conflict.
         """
         outcome = ended.outcome
+        if self._ended[ended.index]:
+            self._forget(ended.index)
         self._ended[ended.index] = 1
         failed = None
         refusals = outcome.attempts.get("refusals", 0)
@@ -72,6 +79,13 @@ class Gathering:
         if conflict is not None and self._strict:
             raise ConflictError(conflict)
         return failed, conflict
+
+    def _forget(self, index: int) -> None:
+        self.replaced = True
+        if isinstance(self.results[index], FlowFailed):
+            self.failed -= 1
+        else:
+            self.completed -= 1
 
     def finish(self, lost: Iterable[int]) -> Conflict | None:
         """Put everything into the caller's store; returns a conflict that only the end brought up.

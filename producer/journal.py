@@ -1,4 +1,4 @@
-"""The journal of a batch: every outcome received and every retry asked for, in the order of receipt.
+"""The journal of a batch: every outcome received and every retry asked for, here or elsewhere, as they came.
 
 With the spool it is the manifest that survives a Redis that lost its data: it says which items have
 ended, and how. An outcome is one of an item and a retry (0 = the first enqueue, 1 = retried once, ...);
@@ -126,6 +126,8 @@ class Journal:
         fresh, data = [], bytearray()
         for each in ended:
             if self._is_new(each):
+                if each.retry > self.retry(each.index):
+                    data += self._asked(each.index, each.retry)
                 record = _Record(
                     _OUTCOME, each.index, each.retry, each.status, each.attempt, each.position, each.data
                 )
@@ -136,24 +138,36 @@ class Journal:
         return fresh
 
     def _is_new(self, each: Ended) -> bool:
-        if not 0 <= each.index < len(self._statuses) or self._statuses[each.index]:
+        if not 0 <= each.index < len(self._statuses):
             return False
-        expected = self._retries.get(each.index, 0)
+        expected = self.retry(each.index)
         if each.retry < 0:  # its payload was gone or not read, so nobody could say
             each.retry = expected
-        return each.retry == expected
+        if each.retry > expected:  # a producer with another data directory has asked for it
+            return True
+        return each.retry == expected and not self._statuses[each.index]
 
     def ask_again(self, indexes: Iterable[int]) -> list[Retry]:
         """Write down that these items, which have ended, are to run again."""
         asked, data = [], bytearray()
         for index in indexes:
-            retry = Retry(index, self.retry(index) + 1, self.status(index))
-            record = _Record(_RETRY, index, retry.number, retry.before, 0, START, b"")
-            data += record.packed()
-            self._note(record)
-            asked.append(retry)
+            asked.append(Retry(index, self.retry(index) + 1, self.status(index)))
+            data += self._asked(index, asked[-1].number)
         self._append(bytes(data))
         return asked
+
+    def learn(self, retries: Iterable[tuple[int, int]]) -> None:
+        """Write down retries that others have asked for: item, and how often it has been retried."""
+        data = bytearray()
+        for index, number in retries:
+            if index < len(self._statuses) and number > self.retry(index):
+                data += self._asked(index, number)
+        self._append(bytes(data))
+
+    def _asked(self, index: int, number: int) -> bytes:
+        record = _Record(_RETRY, index, number, self.status(index), 0, START, b"")
+        self._note(record)
+        return record.packed()
 
     def begin(self, epoch: str) -> None:
         """The batch stands in Redis under this epoch from now on; its stream is read from the start."""

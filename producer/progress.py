@@ -97,6 +97,12 @@ class Progress:
         else:
             self.failed += 1
 
+    def counted(self, completed: int, failed: int) -> None:
+        """So many have ended by now."""
+        if completed + failed:
+            self._working_since = self._working_since or time.monotonic()
+        self.completed, self.failed = completed, failed
+
     def enqueued(self, items: int) -> None:
         self.sent = items
         self.on_enqueued()

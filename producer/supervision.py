@@ -191,7 +191,7 @@ class Supervision:
         try:
             failed, conflict = gathering.take(ended)
         finally:
-            self._progress.count(gathering.completed > run.completed)
+            self._progress.counted(gathering.completed, gathering.failed)
             run.completed, run.failed = gathering.completed, gathering.failed
             run.refusals, run.successes = gathering.refusals, gathering.successes
         if failed is not None:
@@ -210,9 +210,22 @@ class Supervision:
 
     def _finish(self, gathering: Gathering, lost: list[int]) -> None:
         run = self._run
+        told = gathering.conflicts
+        if gathering.replaced:
+            gathering = self._gathered_anew()
         run.lost = lost
         run.unrun = self._journal.pending - len(lost)
         conflict = gathering.finish(lost)
-        if conflict is not None:
+        if conflict is not None and not told:
             self._progress.say(f"conflict: {conflict}")
         run.conflicts = gathering.conflicts
+
+    def _gathered_anew(self) -> Gathering:
+        """From what counts: what a run changed that was retried since is not among it."""
+        run = self._run
+        gathering = Gathering(run.flow, run.shared, self._spool)
+        for ended in self._journal.latest():
+            gathering.take(ended)
+        run.results = gathering.results
+        run.completed, run.failed = gathering.completed, gathering.failed
+        return gathering

@@ -19,6 +19,7 @@ from producer.known import Known, known_batch
 from producer.lines import LineFile, check_output, record_of
 from producer.progress import Progress
 from producer.settings import ProducerSettings
+from worker.contract import COMPLETED
 
 
 async def wait_for(settings: ProducerSettings, batch: str, output: Path | None) -> dict[str, Any]:
@@ -66,8 +67,12 @@ async def _follow(known: Known, journal: Journal | None, lines: LineFile | None)
     )
     try:
         async for ended in follower.news():
-            for each in ended:
-                progress.count(each.status == "completed")
+            if journal is not None:  # an item that is retried ends twice
+                counts = journal.counts()
+                progress.counted(counts.pop(COMPLETED, 0), sum(counts.values()))
+            else:
+                for each in ended:
+                    progress.count(each.status == COMPLETED)
             if lines is not None:
                 lines.catch_up()
     finally:

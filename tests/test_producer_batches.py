@@ -162,6 +162,29 @@ def test_a_retry_runs_the_failures_alone_and_keeps_the_history(place: Site) -> N
     )
 
 
+def test_a_batch_that_was_retried_on_one_host_is_the_same_on_every_other_one(place: Site) -> None:
+    (place.directory / "broken").touch()
+    words = ["run", "users:flow", "--set", ids(12), "--workers", "1", "--batch", "b", "--output"]
+    third = {"POCKETFLEET_DATA_DIR": str(place.directory / "third")}
+    fourth = {"POCKETFLEET_DATA_DIR": str(place.directory / "fourth")}
+    assert "9 completed, 3 failed" in told(place.pocketfleet(*words, "1.jsonl"), 1)
+    assert "9 completed, 3 failed; the batch was over" in told(
+        place.pocketfleet(*words, "3.jsonl", **third), 1
+    )
+    assert "3 items enqueued again" in told(place.pocketfleet("batch", "retry", "b", "--failed"))
+    (place.directory / "broken").unlink()
+    assert "12 completed in" in told(place.pocketfleet(*words, "3.jsonl", **third)), (
+        "what the first asked for"
+    )
+    for name, env in (("1.jsonl", {}), ("3.jsonl", third), ("4.jsonl", fourth)):
+        assert "12 completed; the batch was over, nothing ran" in told(place.pocketfleet(*words, name, **env))
+        written = [(line["index"], line["retry"]) for line in lines(place.directory / name)]
+        assert sorted(written) == sorted([(n, 0) for n in range(12)] + [(n, 1) for n in (0, 5, 10)])
+        again = told(place.pocketfleet("batch", "retry", "b", "--failed", **env))
+        assert again.startswith("0 items enqueued again")
+    assert place.ledger.items("start") == Counter({str(n): 2 if n % 5 == 0 else 1 for n in range(12)})
+
+
 def test_items_that_redis_lost_are_named_and_only_they_run_again(place: Site) -> None:
     worker = place.pocketfleet("worker", "users:flow")
     words = ["enqueue", "users:flow", "--set", ids(200), "--set", "s=0.2", "--batch", "b"]

@@ -95,3 +95,13 @@ def test_results_stand_in_input_order_and_say_what_became_of_the_others(tmp_path
     ]
     assert all(isinstance(each, FlowFailed) for each in (lost, unrun, failed))
     assert (gathered.completed, gathered.failed) == (1, 1)
+
+
+def test_an_item_that_ends_again_counts_as_it_ended_last(tmp_path: Path) -> None:
+    gathered, _ = gathering(tmp_path)
+    gathered.take(ended(1, {"seen": "half"}, "failed"))
+    assert not gathered.replaced
+    gathered.take(ended(1, {"seen": "all"}))
+    gathered.take(ended(0, {}))
+    assert (gathered.completed, gathered.failed, gathered.results[:2]) == (2, 0, ["a0", "a1"])
+    assert gathered.replaced, "what the merged store has of it is the first attempt's"

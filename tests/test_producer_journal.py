@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import json
 import os
@@ -9,11 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fakeredis
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from limiter.keys import GateKeys
 from producer.follow import Ended
+from producer.follower import Follower, catch_up
 from producer.journal import Journal
 from producer.lines import LineFile, csv_line, json_line, record_of
 from producer.spool import Spool
@@ -56,6 +60,21 @@ def test_the_first_outcome_of_each_item_and_retry_counts(tmp_path: Path) -> None
         assert (journal.counts(), journal.pending, journal.position) == ({"completed": 2}, 4, "17-6")
         assert [each.retry for each in journal.latest()] == [0, 1]
         assert [each.retry for each, _ in journal.outcomes()] == [0, 0, 1]
+
+
+def test_a_retry_that_another_host_asked_for_is_written_down_with_its_outcome(tmp_path: Path) -> None:
+    spool = spool_in(tmp_path)
+    outcomes = [ended(3, status="failed", place=1), ended(3, retry=2, place=2), ended(3, retry=1, place=3)]
+    with Journal(spool.home, "b", COUNT) as journal:
+        assert [each.retry for each in journal.take(outcomes)] == [0, 2], "the third one came late"
+    follow(spool, tmp_path / "out.jsonl", [])
+    with Journal(spool.home, "b", COUNT) as journal:
+        assert (journal.counts(), journal.retry(3), journal.retries()) == ({"completed": 1}, 2, [])
+        assert [each.retry for each in journal.latest()] == [2]
+        journal.learn([(3, 2), (4, 1), (COUNT, 1)])
+        assert (journal.status(3), [each.index for each in journal.retries()]) == ("completed", [4])
+    lines = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert [(line["retry"], line["status"]) for line in lines] == [(0, "failed"), (2, "completed")]
 
 
 def test_an_outcome_without_data_is_of_the_retry_that_was_asked_for(tmp_path: Path) -> None:
@@ -272,3 +291,46 @@ def test_a_line_that_cannot_be_written_says_so(line: Callable[[dict[str, Any]], 
     said = line({**record, "changed": deep}).decode()
     assert "params, action and changed cannot be written here: RecursionError" in said
     assert said.startswith(('{"index":3,', "3,completed,")) and said.count("\n") == 1
+
+
+# --- following ------------------------------------------------------------------------------------------
+
+
+async def told_to_redis(client: Any, outcomes: list[Ended]) -> None:
+    """A Redis in which all items of the batch are done."""
+    keys = GateKeys("users")
+    await client.hset(
+        keys.batch("b"), mapping={"flow": "f", "count": COUNT, "left": 0, "epoch": "e", "enqueued": "1"}
+    )
+    for index in range(COUNT):
+        await client.setbit(keys.done("b"), index, 1)
+    for each in outcomes:
+        fields = {"i": each.index, "t": each.attempt, "s": each.status, "o": each.data}
+        await client.xadd(keys.out("b"), fields, id=each.position)
+
+
+@pytest.mark.parametrize("last_one_is_there", [True, False])
+def test_an_outcome_that_had_no_use_when_it_came_is_found_again_or_named_as_lost(
+    last_one_is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("producer.follower.LOOK_IDLE_S", 0.01)
+    monkeypatch.setattr("producer.follower.LOOK_BUSY_S", 0.01)
+    monkeypatch.setattr("producer.follower.BLOCK_MS", 10)
+    spool = spool_in(tmp_path)
+    outcomes = [ended(index, place=COUNT - index) for index in reversed(range(COUNT))]
+
+    async def go() -> Follower:
+        client = fakeredis.FakeAsyncRedis(version=7)
+        await told_to_redis(client, outcomes[0 if last_one_is_there else 1 :])
+        with Journal(spool.home, "b", COUNT - 1) as journal:  # the last item was appended elsewhere
+            await catch_up(client, "users", "b", journal)
+        with Journal(spool.home, "b", COUNT) as journal:
+            follower = Follower(client, "users", "f", "b", journal=journal, lease_s=0.0)
+            async with asyncio.timeout(30):
+                found = [each.index async for some in follower.news() for each in some]
+        assert sorted(found) == list(range(COUNT if last_one_is_there else COUNT - 1))
+        await client.aclose()
+        return follower
+
+    follower = asyncio.run(go())
+    assert (follower.end, follower.lost) == (("ended", []) if last_one_is_there else ("lost", [COUNT - 1]))
