@@ -17,8 +17,12 @@ from producer.manifest import Item, continued, same_as_announced
 from producer.params import checked_params
 from producer.spool import Spool
 from producer.spool_writer import SpoolWriter
+from worker import codec
 from worker.codec import CannotTravel, travels
+from worker.difference import equal
 from worker.registry import ServedFlow
+
+SHOWN_ENTRIES = 10
 
 
 class StoreError(ProducerError, ValueError):
@@ -56,6 +60,26 @@ def encoded_base(shared: Any, local_keys: Iterable[str]) -> bytes:
         return travels(base)
     except CannotTravel as fault:
         raise StoreError(fault) from None
+
+
+def other_store(batch: str, shared: Any, local_keys: Iterable[str], base: bytes) -> str:
+    """A sentence that names what the caller's store has other than the one that a known batch has; '' if nothing.
+
+    A batch has one store, as it was enqueued: what differs now is no fault, and reaches no item.
+    """
+    if not isinstance(shared, dict):
+        return ""
+    known, local = codec.decode(base) if base else {}, set(local_keys)
+    now = {key: value for key, value in shared.items() if key not in local}
+    apart = [key for key in {**now, **known} if not equal(now.get(key, ...), known.get(key, ...))]
+    if not apart:
+        return ""
+    shown = ", ".join(f"{key!r:.80}" for key in apart[:SHOWN_ENTRIES])
+    more = ", ..." if len(apart) > SHOWN_ENTRIES else ""
+    return (
+        f"batch {batch} goes on with the shared store it was enqueued with, where {shown}{more} "
+        f"{'is' if len(apart) == 1 else 'are'} other than now; to have items run with this one use another batch id"
+    )
 
 
 async def as_async(items: Any, where: str) -> AsyncIterator[Any]:
@@ -104,6 +128,7 @@ async def write_spool(
 
     Args:
         key: the params' entry that identifies an item across runs; '' = its position.
+        base: the caller's store; a batch that is known keeps the one it was enqueued with.
         facts: what Redis knows of the batch, with digests, for a host that has no spool of it.
 
     Raises:
@@ -129,7 +154,7 @@ async def write_spool(
             writer.add(encoded, item_key)
         if facts is not None:
             same_as_announced(facts, writer)
-        return writer.finish(base())
+        return writer.finish(base() if facts is None or facts.base is None else facts.base)
 
 
 def _checked_owner(batch: str, flow: str, served: ServedFlow) -> None:

@@ -23,7 +23,8 @@ class Facts:
         epoch: made up anew when the batch is first told to a Redis; '' = what told it is lost.
         enqueued: whether the producer has put all of it into the queue.
         statuses: how many ended, by status.
-        digests: per 1,000 items, as the producer of the spool made them.
+        digests: per 1,000 items, as the producer of the spool made them; `base`: the store it was enqueued
+            with, None where that is not known.
     """
 
     batch: str
@@ -39,6 +40,7 @@ class Facts:
     statuses: dict[str, int] = field(default_factory=dict)
     digests: list[str] = field(default_factory=list)
     key: str = ""
+    base: bytes | None = None
 
     @property
     def missing(self) -> int:
@@ -60,7 +62,7 @@ _READ = ("flow", "count", "left", "created", "epoch", "cancelled", "enqueued", "
 
 
 async def read_facts(client: Redis, limit: str, batch: str, *, digests: bool = False) -> Facts | None:
-    """The facts of a batch, or None where Redis has none; `digests` only where asked for."""
+    """The facts of a batch, or None where Redis has none; `digests` and `base` only where asked for."""
     keys = GateKeys(limit)
     async with client.pipeline(transaction=False) as pipe:
         pipe.hmget(keys.batch(batch), list(_READ))
@@ -71,6 +73,9 @@ async def read_facts(client: Redis, limit: str, batch: str, *, digests: bool = F
     text = {name: (value or b"").decode() for name, value in zip(_READ, values, strict=True)}
     count = int(text["count"] or 0)
     blocks: list[bytes | None] = []
+    base = None
+    if digests and text["epoch"]:
+        base = await client.get(keys.base(batch)) or b""
     if digests and count:
         names = [f"digest:{n}" for n in range((count + 999) // 1000)]
         blocks = await client.hmget(keys.batch(batch), names)  # type: ignore[misc]
@@ -88,6 +93,7 @@ async def read_facts(client: Redis, limit: str, batch: str, *, digests: bool = F
         statuses={status: int(text[status]) for status in STATUSES if int(text[status] or 0)},
         digests=[block.decode() for block in blocks if block],
         key=text["key"],
+        base=base,
     )
 
 

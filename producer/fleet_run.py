@@ -17,7 +17,14 @@ from limiter.client import open_retrying_client
 from limiter.connect import Place, find_redis
 from limiter.settings import load
 from limiter.view import read_gate
-from producer.batch import as_async, checked_items, encoded_base, new_batch_id, write_spool
+from producer.batch import (
+    as_async,
+    checked_items,
+    encoded_base,
+    new_batch_id,
+    other_store,
+    write_spool,
+)
 from producer.batch_lock import BatchLock
 from producer.enqueue import enqueue
 from producer.errors import ProducerError
@@ -215,9 +222,10 @@ class FleetRun:
 
     async def _write_spool(self, client: Redis, items: AsyncIterator[Any], where: str) -> Spool:
         facts = None
-        if not Spool.exists(self.settings.data_dir, self.batch):
+        known = Spool.exists(self.settings.data_dir, self.batch)
+        if not known:
             facts = await read_facts(client, self.served.limits.name, self.batch, digests=True)
-        return await write_spool(
+        spool = await write_spool(
             self.settings.data_dir,
             self.batch,
             self.served,
@@ -230,6 +238,11 @@ class FleetRun:
             weight=self._weight,
             facts=facts,
         )
+        if known or facts is not None:
+            about = (self.batch, self.shared, self.flow.local_keys, spool.base())
+            if said := other_store(*about):
+                _to_stderr(said)
+        return spool
 
     async def enqueue_missing(
         self, client: Redis, spool: Spool, journal: Journal, progress: Progress | None = None

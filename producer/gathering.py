@@ -52,6 +52,11 @@ class Gathering:
     def conflicts(self) -> int:
         return self._merger.conflicts
 
+    @property
+    def kept_local(self) -> set[Any]:
+        """Keys of the caller's store that runs wrote to in vain: the batch's store has none of them."""
+        return self._merger.kept_local
+
     def take(self, ended: Ended) -> tuple[FlowFailed | None, Conflict | None]:
         """Take an item's outcome; returns its failure, and the batch's first conflict where it makes that.
 

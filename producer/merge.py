@@ -66,7 +66,7 @@ class Merger:
     Attributes:
         conflicts: how many entries are in conflict so far.
         first: the first conflict that was seen, or None.
-        kept_local: local keys that runs wrote to, in vain.
+        kept_local: local keys that runs wrote to, in vain; to be told.
 
     Time per run grows with what it changed and not with the number of runs. Every difference is
     kept until `finish`, unopened where only one run changed an entry.

@@ -219,6 +219,11 @@ class Supervision:
         if conflict is not None and not told:
             self._progress.say(f"conflict: {conflict}")
         run.conflicts = gathering.conflicts
+        for key in sorted(gathering.kept_local, key=repr):
+            self._progress.say(
+                f"the caller's shared[{key!r:.80}] stays as it is: the store that the batch was enqueued with "
+                "has no such entry (local_keys, or set since), so what runs wrote there is in the output lines only"
+            )
 
     def _gathered_anew(self) -> Gathering:
         """From what counts: what a run changed that was retried since is not among it."""

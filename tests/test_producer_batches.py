@@ -269,6 +269,21 @@ def test_another_host_goes_on_with_a_batch_by_its_digests_alone(place: Site) -> 
     assert len(lines(place.directory / "out.jsonl")) == 1_600
 
 
+def test_a_batch_goes_on_with_the_store_it_was_enqueued_with_and_says_so(place: Site) -> None:
+    words = ["run", "users:flow", "--workers", "1", "--batch", "b", "--output"]
+    old, new = ["--set", ids(3), "--set", "large=3"], ["--set", ids(6), "--set", "large=3"]
+    assert "goes on with the shared store" not in told(place.pocketfleet(*words, "1.jsonl", *old))
+    said = told(place.pocketfleet(*words, "1.jsonl", *new))
+    assert (
+        "batch b goes on with the shared store it was enqueued with, where 'ids' is other than now;" in said
+    )
+    elsewhere = {"POCKETFLEET_DATA_DIR": str(place.directory / "elsewhere")}
+    set_since = ["--set", 'seen={"77":1}', "--set", 'model="new"']
+    said = told(place.pocketfleet(*words, "2.jsonl", *new, *set_since, **elsewhere))
+    assert "where 'ids', 'seen', 'model' are other than now; to have items run with this one use" in said
+    assert "the caller's shared['seen'] stays as it is" in said
+
+
 def test_a_key_finds_items_that_stand_elsewhere_now(place: Site) -> None:
     words = [
         "run",
