@@ -100,19 +100,20 @@ def wait(
 @batches.command()
 def results(
     batch: Id,
-    failed: Annotated[bool, typer.Option("--failed", help="Only items that did not complete")] = False,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Only items that have not completed, as they ended last")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Print what each item gave, so far; with --json one line of JSON per item, as --output has it."""
+    """Print what each attempt gave, so far; with --json one line of JSON each, as --output has it."""
     from producer.batch_views import short_line
     from producer.lines import json_line
     from producer.waiting import records
 
     async def go() -> None:
-        async for record in records(_settings(), batch):
-            if not failed or record["status"] != "completed":
-                line = json_line(record).decode() if as_json else short_line(record) + "\n"
-                sys.stdout.write(line)
+        async for record in records(_settings(), batch, failed=failed):
+            line = json_line(record).decode() if as_json else short_line(record) + "\n"
+            sys.stdout.write(line)
 
     _waited(go())
 

@@ -80,11 +80,16 @@ async def _follow(known: Known, journal: Journal | None, lines: LineFile | None)
         await progress.stop()
 
 
-async def records(settings: ProducerSettings, batch: str) -> AsyncIterator[dict[str, Any]]:
-    """What every attempt that ended has given so far, in the order of receipt, as an output line tells it."""
+async def records(
+    settings: ProducerSettings, batch: str, *, failed: bool = False
+) -> AsyncIterator[dict[str, Any]]:
+    """What every attempt that ended has given so far, in the order of receipt, as an output line tells it.
+
+    With `failed` only the last attempt of each item, where that did not complete.
+    """
     async with known_batch(settings, batch) as known:
         await known.caught_up()
-        async for ended in _ended(known):
+        async for ended in _failures(known) if failed else _ended(known):
             spool = known.spool
             yield record_of(ended, spool.params(ended.index) if spool is not None else None)
         if known.spool is None:
@@ -93,13 +98,33 @@ async def records(settings: ProducerSettings, batch: str) -> AsyncIterator[dict[
 
 async def _ended(known: Known) -> AsyncIterator[Ended]:
     """From the journal; what another producer is about to write down, and without one all, from Redis."""
-    journal, position = known.read_journal(), "0-0"
+    journal = known.read_journal()
     if journal is not None:
         for ended, _ in journal.outcomes():
             yield ended
-        if known.facts is None or known.facts.epoch != journal.epoch:
-            return
-        position = journal.position
+    async for ended in _not_in(journal, known):
+        yield ended
+
+
+async def _failures(known: Known) -> AsyncIterator[Ended]:
+    """How each item ended last, of those that did not complete."""
+    journal = known.read_journal()
+    newer: dict[int, Ended | None] = {}
+    async for ended in _not_in(journal, known):
+        newer[ended.index] = ended if ended.status != COMPLETED else None
+    for ended in journal.latest() if journal is not None else ():
+        if ended.status != COMPLETED and ended.index not in newer:
+            yield ended
+    for last in newer.values():
+        if last is not None:
+            yield last
+
+
+async def _not_in(journal: Journal | None, known: Known) -> AsyncIterator[Ended]:
+    """What stands in Redis and not in the journal."""
+    if journal is not None and (known.facts is None or known.facts.epoch != journal.epoch):
+        return
+    position = journal.position if journal is not None else "0-0"
     while found := await read(known.client, known.limit, known.batch, position, None):
         position = found[-1].position
         for ended in found:

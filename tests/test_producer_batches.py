@@ -140,6 +140,8 @@ def test_a_retry_runs_the_failures_alone_and_keeps_the_history(place: Site) -> N
     assert "retry what failed: pocketfleet batch retry b --failed && pocketfleet run users:flow" in said
     assert "9 completed, 3 failed; the batch was over, nothing ran" in told(place.pocketfleet(*words), 1)
     assert place.ledger.count("start") == 12
+    listed = told(place.pocketfleet("batch", "results", "b", "--failed")).splitlines()
+    assert sorted(listed) == [f"{n} failed ValueError: unlucky" for n in (0, 10, 5)]
     (place.directory / "broken").unlink()
 
     assert "say which items to retry" in told(place.pocketfleet("batch", "retry", "b"), 2)
@@ -157,9 +159,10 @@ def test_a_retry_runs_the_failures_alone_and_keeps_the_history(place: Site) -> N
     assert status(place)["completed"] == 12
     results = told(place.pocketfleet("batch", "results", "b", "--json"))
     assert len(results.splitlines()) == 15
-    assert told(place.pocketfleet("batch", "results", "b", "--failed")).splitlines()[0] == (
-        "0 failed ValueError: unlucky"
-    )
+    assert told(place.pocketfleet("batch", "results", "b", "--failed")) == "", "they have completed since"
+    nowhere = {"POCKETFLEET_DATA_DIR": str(place.directory / "nowhere")}
+    said = told(place.pocketfleet("batch", "results", "b", "--failed", **nowhere))
+    assert said == "batch b has no spool here, so params are not shown\n"
 
 
 def test_a_batch_that_was_retried_on_one_host_is_the_same_on_every_other_one(place: Site) -> None:
