@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from producer.errors import ProducerError, SpoolError
@@ -23,6 +24,7 @@ from worker.difference import equal
 from worker.registry import ServedFlow
 
 SHOWN_ENTRIES = 10
+TURN_S = 0.05
 
 
 class StoreError(ProducerError, ValueError):
@@ -83,7 +85,7 @@ def other_store(batch: str, shared: Any, local_keys: Iterable[str], base: bytes)
 
 
 async def as_async(items: Any, where: str) -> AsyncIterator[Any]:
-    """Any iterable or async iterable of param dicts, one by one.
+    """Any iterable or async iterable of param dicts, one by one; the event loop has its turn every 50 ms.
 
     Raises:
         ProducerError: it is None or something else that holds no items.
@@ -94,13 +96,18 @@ async def as_async(items: Any, where: str) -> AsyncIterator[Any]:
         raise ProducerError(
             f"{where} returned a {type(items).__name__}; return a list of dicts. Nothing was enqueued."
         )
+    turn_at = monotonic() + TURN_S
     if hasattr(items, "__aiter__"):
         async for each in items:
+            if monotonic() >= turn_at:
+                await asyncio.sleep(0)
+                turn_at = monotonic() + TURN_S
             yield each
     elif hasattr(items, "__iter__"):
-        for number, each in enumerate(items):
-            if number % 1000 == 999:
+        for each in items:
+            if monotonic() >= turn_at:
                 await asyncio.sleep(0)
+                turn_at = monotonic() + TURN_S
             yield each
     else:
         raise ProducerError(

@@ -150,7 +150,7 @@ def _fleet_run(
     **more: Any,
 ) -> FleetRun:
     from producer.fleet_run import FleetRun
-    from producer.inputs import merged_shared, parse_set, read_params, read_shared
+    from producer.inputs import merged_shared, parse_set, read_shared
     from worker.registry import check_shadows, find_flow
 
     check_shadows(target)
@@ -160,12 +160,20 @@ def _fleet_run(
         flow,
         store,
         target=target,
-        params=read_params(params) if params else None,
+        params=_items_of(params) if params else None,
         params_from=params or "",
         first=first,
         forecast=True,
         **more,
     )
+
+
+def _items_of(params: str) -> Any:
+    from producer.inputs import may_block, read_params
+    from producer.read_beside import read_beside
+
+    items = read_params(params)
+    return read_beside(items) if may_block(params) else items
 
 
 def _waited(fleet_run: FleetRun, work: Coroutine[Any, Any, T], *, says_stopped: bool = True) -> T:

@@ -80,7 +80,7 @@ class FleetRun:
         workers: int | None = None,
         output: str | Path | None = None,
         target: str | None = None,
-        params: Iterable[Any] | None = None,
+        params: Iterable[Any] | AsyncIterator[Any] | None = None,
         params_from: str = "--params",
         first: int | None = None,
         live: bool = True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shlex
@@ -104,6 +105,14 @@ def read_params(path: str) -> Iterator[dict[str, Any]]:
     return _read_items(path, _csv_items if suffix == ".csv" else _json_items)
 
 
+def may_block(path: str) -> bool:
+    """Whether a read from it may wait for somebody, as from a pipe or a terminal."""
+    try:
+        return not stat.S_ISREG((os.fstat(sys.stdin.fileno()) if path == STDIN else os.stat(path)).st_mode)
+    except (OSError, AttributeError):
+        return False
+
+
 def _read_items(path: str, reader: _Reader) -> Iterator[dict[str, Any]]:
     with _opened(path) as (file, name):
         empty = True
@@ -178,7 +187,7 @@ def _json_of(data: bytes, name: str, number: int) -> Any:
 def _opened(path: str) -> Iterator[tuple[IO[bytes], str]]:
     """The file and the name that sentences give it; standard input is left open."""
     if path == STDIN:
-        yield sys.stdin.buffer, "standard input"
+        yield _stdin(), "standard input"
         return
     _check_path(path)
     try:
@@ -186,6 +195,16 @@ def _opened(path: str) -> Iterator[tuple[IO[bytes], str]]:
             yield file, _shown(path)
     except OSError as fault:
         raise InputError(f"{_shown(path)}: {_reason(fault)}; check the file", source=path) from None
+
+
+def _stdin() -> IO[bytes]:
+    """Standard input, through a buffer of its own: Python's cannot be given up by a thread that reads it."""
+    if sys.stdin is None:
+        raise InputError("standard input is closed; pipe the items in, or name a file", source=STDIN)
+    try:
+        return open(sys.stdin.buffer.fileno(), "rb", closefd=False)
+    except io.UnsupportedOperation:  # a program has put something else in its place
+        return sys.stdin.buffer
 
 
 def _check_path(path: str) -> None:

@@ -165,12 +165,12 @@ class Folder:
                 sys.modules.pop("users", None)
         return subprocess.CompletedProcess(line, code, out.getvalue(), err.getvalue())
 
-    def start(self, line: str) -> subprocess.Popen[str]:
+    def start(self, line: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
         return subprocess.Popen(
             self.words(line),
             cwd=self.path,
             env=self.env,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -281,6 +281,32 @@ def test_quitting_the_debugger_stops_the_run_and_fails_no_item(target: str, fold
     again = folder.type(line, "c\nc\nc\n")
     assert again.returncode == 0, again.stderr
     assert sorted(re.findall(r"x is (\d+)", again.stdout)) == ["10", "12", "8"]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_heard_while_items_are_read_from_a_silent_pipe(
+    folder: Folder, sent: signal.Signals
+) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b'{"user_id": 1}\n')
+    running = folder.start("pocketfleet run users:flow --params -", stdin=reading)
+    os.close(reading)
+    batches = folder.path / ".pocketfleet/batches"
+    until(lambda: batches.is_dir() and any(batches.glob("+writing*")), "it reads")
+    running.send_signal(sent)
+    said, _ = running.communicate(timeout=PATIENCE_S)  # the pipe is still open
+    assert (running.returncode, said.splitlines()[1:]) == (130, ["stopped; nothing was enqueued"])
+    os.close(writing)
+
+
+def test_items_of_a_pipe_that_stays_open_are_enqueued_once_there_are_enough(folder: Folder) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b'{"user_id": 1}\n{"user_id": 2}\n[]\n')
+    running = folder.start("pocketfleet run users:flow --params - --first 2 --workers 1", stdin=reading)
+    os.close(reading)
+    said, _ = running.communicate(timeout=PATIENCE_S)
+    assert (running.returncode, "2 completed in" in said) == (0, True), said
+    os.close(writing)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import itertools
 import json
 import sys
 import threading
@@ -17,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from producer.batch import as_async
 from producer.errors import InputError, ParamsError
 from producer.inputs import merged_shared, parse_set, read_params, read_shared
 from producer.params import checked_params
@@ -309,3 +312,14 @@ def test_a_line_without_end_is_refused_before_it_fills_the_memory(
     file.write_text('{"a": "' + "x" * 2_000 + '"}\n')
     with pytest.raises(InputError, match=r"line 1: longer than 1,000 bytes; write one item per line$"):
         list(read_params(str(file)))
+
+
+def test_the_event_loop_has_its_turn_while_slow_items_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count(0, 0.06)
+    monkeypatch.setattr("producer.batch.monotonic", lambda: next(now))
+
+    async def go() -> list[bool]:
+        turn = asyncio.create_task(asyncio.sleep(0))
+        return [turn.done() async for _ in as_async(iter(range(4)), "items")]
+
+    assert asyncio.run(go())[-1], "a signal would have been heard"
