@@ -23,11 +23,23 @@ def main() -> None:
         raise SystemExit(2) from None
     try:
         code = _app()(prog_name=NAME, standalone_mode=False)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # as in `pocketfleet ... | head`: nobody reads on; typer says 1 as well
+        _leave_pipes()
+        raise SystemExit(1) from None
     except Exception as error:
         _explain(error)
     raise SystemExit(code or 0)
+
+
+def _leave_pipes() -> None:
+    """Python writes what is left at its end: let it, where nobody minds."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _explain(error: Exception) -> NoReturn:

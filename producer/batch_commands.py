@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Coroutine
+from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -111,9 +112,10 @@ def results(
     from producer.waiting import records
 
     async def go() -> None:
-        async for record in records(_settings(), batch, failed=failed):
-            line = json_line(record).decode() if as_json else short_line(record) + "\n"
-            sys.stdout.write(line)
+        async with aclosing(records(_settings(), batch, failed=failed)) as found:
+            async for record in found:
+                line = json_line(record).decode() if as_json else short_line(record) + "\n"
+                sys.stdout.write(line)
 
     _waited(go())
 

@@ -7,33 +7,63 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
-from producer.errors import ParamsError
+from producer.disk import damaged, refused, said
+from producer.errors import ParamsError, SpoolError
 
 _TOGETHER = 1_000
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CONSTRAINT)
 
 
 class ItemKeys:
     """The keys of one spool. `add` and `find` by text; nothing is kept until `finish`.
 
+    Each raises `SpoolError` where the disk refuses or the file is damaged.
+
     Args:
         count: items that the spool has; a key of a later one was left by a growth that was cut short.
     """
 
-    def __init__(self, home: Path, name: str, count: int = 0) -> None:
+    def __init__(self, home: Path, batch: str, name: str, count: int = 0) -> None:
+        self._home = home
+        self._batch = batch
         self._name = name
-        path = home / "keys"
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        self._base = sqlite3.connect(path, isolation_level=None)
-        self._base.execute("PRAGMA synchronous = FULL")
-        self._base.execute(
-            "CREATE TABLE IF NOT EXISTS keys (digest BLOB PRIMARY KEY, item INTEGER) WITHOUT ROWID"
-        )
-        self._base.execute("BEGIN")
-        self._base.execute("DELETE FROM keys WHERE item >= ?", (count,))
         self._pending: dict[bytes, int] = {}
+        path = home / "keys"
+        with said(batch), self._said():
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            self._base = sqlite3.connect(path, isolation_level=None)
+        try:
+            self._begin(count)
+        except SpoolError:
+            self.close()
+            raise
+
+    def _begin(self, count: int) -> None:
+        with self._said():
+            self._base.execute("PRAGMA synchronous = FULL")
+            self._base.execute(
+                "CREATE TABLE IF NOT EXISTS keys (digest BLOB PRIMARY KEY, item INTEGER) WITHOUT ROWID"
+            )
+            self._base.execute("BEGIN")
+            self._base.execute("DELETE FROM keys WHERE item >= ?", (count,))
+            (found,) = self._base.execute("SELECT count(*) FROM keys").fetchone()
+        if found != count:
+            raise damaged(self._batch, self._home)
+
+    @contextmanager
+    def _said(self) -> Iterator[None]:
+        """What the database meets, said as a `SpoolError`."""
+        try:
+            yield
+        except sqlite3.Error as fault:
+            if getattr(fault, "sqlite_errorcode", 0) & 0xFF in _DAMAGED:
+                raise damaged(self._batch, self._home) from None
+            raise refused(self._batch, OSError(0, str(fault), str(self._home / "keys"))) from None
 
     def add(self, key: str, index: int) -> None:
         """Let `key` be item `index`'s.
@@ -62,19 +92,22 @@ class ItemKeys:
     def finish(self) -> None:
         """Keep what was added."""
         self._store()
-        self._base.execute("COMMIT")
-        self._base.execute("BEGIN")
+        with self._said():
+            self._base.execute("COMMIT")
+            self._base.execute("BEGIN")
 
     def close(self) -> None:
         """Forget what was added since `finish`. May be called again."""
         self._base.close()
 
     def _stored(self, digest: bytes) -> int | None:
-        row = self._base.execute("SELECT item FROM keys WHERE digest = ?", (digest,)).fetchone()
+        with self._said():
+            row = self._base.execute("SELECT item FROM keys WHERE digest = ?", (digest,)).fetchone()
         return row[0] if row else None
 
     def _store(self) -> None:
-        self._base.executemany("INSERT INTO keys VALUES (?, ?)", self._pending.items())
+        with self._said():
+            self._base.executemany("INSERT INTO keys VALUES (?, ?)", self._pending.items())
         self._pending.clear()
 
 

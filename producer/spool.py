@@ -113,7 +113,10 @@ class Spool:
     def base(self) -> bytes:
         """The shared store as the writer was given it."""
         with said(self.batch):
-            return (self.home / "base").read_bytes()
+            data = (self.home / "base").read_bytes()
+        if digest(data) != self.base_digest:
+            raise damaged(self.batch, self.home)
+        return data
 
     def encoded(self, index: int) -> bytes:
         """The encoded params of one item, at the same cost wherever it stands. IndexError: no such item."""

@@ -133,7 +133,11 @@ class SpoolWriter:
             self._appender = _Appender(self._temp)
         self._open = True
         if key:
-            self._keys = ItemKeys(self._temp, key)
+            try:
+                self._keys = ItemKeys(self._temp, batch, key)
+            except SpoolError:
+                self.abandon()
+                raise
 
     @property
     def count(self) -> int:
@@ -227,7 +231,13 @@ class SpoolGrowth:
                 spool.home, spool.count, spool.end_of(spool.count), spool.digests[:whole]
             )
         self._appender.take_up(spool.items(whole * BLOCK))
-        self._keys = ItemKeys(spool.home, spool.key, spool.count) if spool.key else None
+        self._keys: ItemKeys | None = None
+        if spool.key:
+            try:
+                self._keys = ItemKeys(spool.home, spool.batch, spool.key, spool.count)
+            except SpoolError:
+                self._appender.close()
+                raise
 
     @property
     def count(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -82,31 +82,33 @@ async def _follow(known: Known, journal: Journal | None, lines: LineFile | None)
 
 async def records(
     settings: ProducerSettings, batch: str, *, failed: bool = False
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncGenerator[dict[str, Any], None]:
     """What every attempt that ended has given so far, in the order of receipt, as an output line tells it.
 
     With `failed` only the last attempt of each item, where that did not complete.
     """
     async with known_batch(settings, batch) as known:
         await known.caught_up()
-        async for ended in _failures(known) if failed else _ended(known):
-            spool = known.spool
-            yield record_of(ended, spool.params(ended.index) if spool is not None else None)
-        if known.spool is None:
+        spool = known.spool
+        async with contextlib.aclosing(_failures(known) if failed else _ended(known)) as found:
+            async for ended in found:
+                yield record_of(ended, spool.params(ended.index) if spool is not None else None)
+        if spool is None:
             print(f"batch {batch} has no spool here, so params are not shown", file=sys.stderr, flush=True)
 
 
-async def _ended(known: Known) -> AsyncIterator[Ended]:
+async def _ended(known: Known) -> AsyncGenerator[Ended, None]:
     """From the journal; what another producer is about to write down, and without one all, from Redis."""
     journal = known.read_journal()
     if journal is not None:
         for ended, _ in journal.outcomes():
             yield ended
-    async for ended in _not_in(journal, known):
-        yield ended
+    async with contextlib.aclosing(_not_in(journal, known)) as found:
+        async for ended in found:
+            yield ended
 
 
-async def _failures(known: Known) -> AsyncIterator[Ended]:
+async def _failures(known: Known) -> AsyncGenerator[Ended, None]:
     """How each item ended last, of those that did not complete."""
     journal = known.read_journal()
     newer: dict[int, Ended | None] = {}
@@ -120,7 +122,7 @@ async def _failures(known: Known) -> AsyncIterator[Ended]:
             yield last
 
 
-async def _not_in(journal: Journal | None, known: Known) -> AsyncIterator[Ended]:
+async def _not_in(journal: Journal | None, known: Known) -> AsyncGenerator[Ended, None]:
     """What stands in Redis and not in the journal."""
     if journal is not None and (known.facts is None or known.facts.epoch != journal.epoch):
         return

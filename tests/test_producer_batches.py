@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -285,6 +287,23 @@ def test_a_batch_goes_on_with_the_store_it_was_enqueued_with_and_says_so(place: 
     said = told(place.pocketfleet(*words, "2.jsonl", *new, *set_since, **elsewhere))
     assert "where 'ids', 'seen', 'model' are other than now; to have items run with this one use" in said
     assert "the caller's shared['seen'] stays as it is" in said
+
+
+def test_who_reads_results_may_leave_when_they_have_enough(place: Site) -> None:
+    told(
+        place.pocketfleet(
+            "run", "users:flow", "--set", ids(400), "--set", "large=300", "--workers", "1", "--batch", "b"
+        )
+    )
+    command = [sys.executable, "-m", "pocketfleet", "batch", "results", "b", "--json"]
+    child = subprocess.Popen(
+        command, cwd=place.directory, env=place.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdout is not None and child.stderr is not None
+    with child, child.stdout, child.stderr:
+        assert child.stdout.read(10) == b'{"index":0'
+        child.stdout.close()
+        assert (child.stderr.read(), child.wait()) == (b"", 1)
 
 
 def test_a_key_finds_items_that_stand_elsewhere_now(place: Site) -> None:

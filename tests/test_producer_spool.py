@@ -16,11 +16,13 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 
+import fakeredis
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from limiter.errors import LimitsError
+from producer.announce import announce
 from producer.batch_lock import BatchLock
 from producer.errors import ParamsError, SpoolError
 from producer.facts import Facts
@@ -414,6 +416,41 @@ def test_a_missing_or_damaged_spool_is_said_in_a_sentence(tmp_path: Path) -> Non
     (home / "meta.json").unlink()
     with pytest.raises(SpoolError, match="cannot be used: no such file or directory"):
         Spool.open(tmp_path, "b1")
+
+
+@pytest.mark.parametrize("size", [0, 100, 4_196, 30_000])
+def test_keys_that_are_not_whole_are_said_in_a_sentence(tmp_path: Path, size: int) -> None:
+    items = [b"x"] * 2_000
+    spool = _written(tmp_path, items, key="id")
+    assert (spool.home / "keys").stat().st_size > 30_000
+    os.truncate(spool.home / "keys", size)
+    source = _source(items, [f"key {number}" for number in range(2_000)])
+    with pytest.raises(SpoolError, match=r"^the spool of batch 'b1' is damaged: .*; delete that directory"):
+        asyncio.run(continued(spool, source))
+
+
+def test_a_disk_that_is_full_of_keys_is_said_in_a_sentence_and_leaves_nothing(tmp_path: Path) -> None:
+    said = r"^the spool of batch 'b1' cannot be used: database or disk is full \(.*/keys\); mend that"
+    with pytest.raises(SpoolError, match=said), SpoolWriter(tmp_path, "b1", "f", "l", "id") as writer:
+        assert writer._keys is not None
+        writer._keys._base.execute("PRAGMA max_page_count = 5")
+        for number in range(10_000):
+            writer.add(b"x", f"{number}")
+    assert _names(tmp_path) == set()
+
+
+def test_a_store_that_is_not_whole_is_told_to_nobody(tmp_path: Path) -> None:
+    with SpoolWriter(tmp_path, "b1", "f", "l") as writer:
+        spool = writer.finish(codec.encode({"model": "a" * 100}))
+    os.truncate(spool.home / "base", 50)
+
+    async def go() -> bool:
+        client = fakeredis.FakeAsyncRedis(version=7)
+        with pytest.raises(SpoolError, match=r"^the spool of batch 'b1' is damaged"):
+            await announce(client, spool)
+        return bool(await client.keys())
+
+    assert not asyncio.run(go())
 
 
 def test_writing_and_reading_take_flat_memory(tmp_path: Path) -> None:
