@@ -269,7 +269,8 @@ def _json(value: Any) -> bytes:
     try:
         return msgspec.json.encode(value)
     except (TypeError, ValueError):
-        return json.dumps(_spelled(msgspec.to_builtins(value, enc_hook=repr)), default=repr).encode()
+        plain = _spelled(msgspec.to_builtins(value, enc_hook=repr))
+        return json.dumps(plain, default=repr, separators=(",", ":")).encode()
 
 
 def _spelled(value: Any) -> Any:

@@ -276,6 +276,7 @@ def test_keys_that_json_has_not_are_spelled_in_a_line(tmp_path: Path) -> None:
     for name in ("out.jsonl", "out.csv"):
         follow(spool, tmp_path / name, [odd, ended(1, place=2)])
     spelled = {"null": 1, "true": {"false": [{"null": "eA=="}]}, "7": None, "YWI=": "\n", "1.5": 2}
+    assert (tmp_path / "out.jsonl").read_text().startswith('{"index":0,"params":{"user":0},'), "as any other"
     first, second = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert (first["changed"], second["index"]) == ({"odd": spelled}, 1)
     with (tmp_path / "out.csv").open(newline="") as file:
