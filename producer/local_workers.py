@@ -58,13 +58,21 @@ class LocalWorkers:
         self._env.pop("POCKETFLEET_BURST", None)
         self._processes: dict[int, asyncio.subprocess.Process] = {}
         self._keepers: list[asyncio.Task[None]] = []
-        self._stopping = False
+        self._stopping = self._log_failed = False
         self.deaths = 0
         self.failed: WorkersError | None = None
 
     async def start(self) -> None:
-        """Start them; they serve a moment later."""
-        self._logs.mkdir(parents=True, exist_ok=True)
+        """Start them; they serve a moment later.
+
+        Raises:
+            WorkersError: there can be no folder for their logs.
+        """
+        try:
+            self._logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self._close_pipe_if(True)
+            raise _unwritable(self._logs, error) from None
         self._keepers = [asyncio.create_task(self._keep(number)) for number in range(1, self._count + 1)]
 
     async def stop(self, drain_s: float) -> None:
@@ -90,26 +98,39 @@ class LocalWorkers:
 
     async def _keep(self, number: int) -> None:
         """One worker, started again when it dies."""
-        with (self._logs / f"worker-{number}.log").open("ab") as log:
-            while not self._stopping:
-                code = await self._live(number, log)
-                if self._stopping:
-                    return
-                said = self._last.get(number, "").removeprefix("pocketfleet: ")
-                if code == 3 and any(sign in said for sign in PASSING):
-                    # the run itself has reached Redis: an outage met at the start is waited for as any other
-                    await asyncio.sleep(1.0)
-                    continue
-                if code in (2, 3):
-                    self.failed = WorkersError(said or f"worker {number} could not start", code)
-                    return
-                self.deaths += 1
-                self._say(f"worker {number} died ({_ended(code)}); another one takes its place")
-                if self.deaths > MOST_DEATHS:
-                    sentence = f"workers died {self.deaths} times, the last one by {_ended(code)}"
-                    self.failed = WorkersError(f"{sentence}: see {self._logs}/worker-{number}.log")
-                    return
-                await asyncio.sleep(min(5.0, 0.2 * self.deaths))
+        path = self._logs / f"worker-{number}.log"
+        try:
+            log = path.open("ab", buffering=0)
+        except OSError as error:
+            self.failed = _unwritable(path, error)
+            return
+        try:
+            await self._keep_alive(number, log)
+        except OSError as error:
+            self.failed = WorkersError(f"worker {number} cannot go on: {_reason(error)}")
+        finally:
+            log.close()
+
+    async def _keep_alive(self, number: int, log: IO[bytes]) -> None:
+        while not self._stopping:
+            code = await self._live(number, log)
+            if self._stopping:
+                return
+            said = self._last.get(number, "").removeprefix("pocketfleet: ")
+            if code == 3 and any(sign in said for sign in PASSING):
+                # the run itself has reached Redis: an outage met at the start is waited for as any other
+                await asyncio.sleep(1.0)
+                continue
+            if code in (2, 3):
+                self.failed = WorkersError(said or f"worker {number} could not start", code)
+                return
+            self.deaths += 1
+            self._say(f"worker {number} died ({_ended(code)}); another one takes its place")
+            if self.deaths > MOST_DEATHS:
+                sentence = f"workers died {self.deaths} times, the last one by {_ended(code)}"
+                self.failed = WorkersError(f"{sentence}: see {self._logs}/worker-{number}.log")
+                return
+            await asyncio.sleep(min(5.0, 0.2 * self.deaths))
 
     async def _live(self, number: int, log: IO[bytes]) -> int:
         command = [sys.executable, "-m", "pocketfleet", "worker", self._target]
@@ -128,10 +149,18 @@ class LocalWorkers:
             process.terminate()
         assert process.stdout is not None
         while line := await _line(process.stdout):
-            log.write(line)
-            log.flush()
+            self._write(log, line)
             self._hear(number, line)
         return await process.wait()
+
+    def _write(self, log: IO[bytes], line: bytes) -> None:
+        """A log that takes no more is said once: who reads no pipe stops the worker that writes into it."""
+        try:
+            log.write(line)
+        except OSError as error:
+            if not self._log_failed:
+                self._log_failed = True
+                self._say(f"{_unwritable(Path(log.name), error)}; what workers print is not kept there")
 
     def _hear(self, number: int, line: bytes) -> None:
         text = plain(line.decode(errors="replace").rstrip("\r\n"))
@@ -162,6 +191,14 @@ def _home_of(target: str) -> str | None:
     path = Path(file).resolve()
     home = path.parents[name.count(".") + (path.name == "__init__.py")]
     return None if home == Path.cwd() else str(home)
+
+
+def _unwritable(path: Path, error: OSError) -> WorkersError:
+    return WorkersError(f"cannot write {path}: {_reason(error)}")
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
 
 
 def _ended(code: int) -> str:

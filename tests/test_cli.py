@@ -9,6 +9,7 @@ import pty
 import re
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -281,6 +282,30 @@ def test_quitting_the_debugger_stops_the_run_and_fails_no_item(target: str, fold
     again = folder.type(line, "c\nc\nc\n")
     assert again.returncode == 0, again.stderr
     assert sorted(re.findall(r"x is (\d+)", again.stdout)) == ["10", "12", "8"]
+
+
+def test_a_log_that_cannot_be_opened_ends_the_run_in_a_sentence(folder: Folder) -> None:
+    logs = folder.path / ".pocketfleet/logs"
+    (logs / "b/worker-1.log").mkdir(parents=True)
+    done = folder.type("pocketfleet run users:flow --set 'user_ids=[1]' --workers 1 --batch b")
+    said = "pocketfleet: cannot write .pocketfleet/logs/b/worker-1.log: is a directory"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, said)
+    shutil.rmtree(logs)
+    logs.touch()
+    done = folder.type("pocketfleet run users:flow --set 'user_ids=[1]' --workers 1 --batch b")
+    said = "pocketfleet: cannot write .pocketfleet/logs/b: not a directory"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, said)
+
+
+def test_a_log_that_takes_no_more_is_said_once_and_stops_nothing(folder: Folder) -> None:
+    logs = folder.path / ".pocketfleet/logs/b"
+    logs.mkdir(parents=True)
+    (logs / "worker-1.log").symlink_to("/dev/full")
+    done = folder.type("pocketfleet run users:flow --set 'user_ids=[1,2,3]' --workers 1 --batch b")
+    assert (done.returncode, "3 completed in" in done.stderr) == (0, True), done.stderr
+    said = "cannot write .pocketfleet/logs/b/worker-1.log: no space left on device; what workers print is not"
+    assert done.stderr.count(said) == 1
+    assert "[item 2] fetching 3" in done.stderr
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
