@@ -145,6 +145,7 @@ def _csv_items(lines: Iterator[tuple[int, bytes]], name: str) -> Iterator[dict[s
 
 def _csv_rows(lines: Iterator[tuple[int, bytes]], name: str) -> Iterator[tuple[int, list[str]]]:
     """Each row that is not blank, with the number of the line on which it begins."""
+    csv.field_size_limit(max(LONGEST_LINE, csv.field_size_limit()))  # else a cell may have 131,072 characters
     reader = csv.reader((_text(line, name, number) for number, line in lines), strict=True)
     while True:
         number = reader.line_num + 1

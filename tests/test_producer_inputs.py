@@ -234,6 +234,13 @@ def test_csv_cells_are_text(tmp_path: Path) -> None:
     assert list(read_params(str(file))) == [{"id": "1", "note": 'a,\n"b"'}, {"id": "007", "note": ""}]
 
 
+def test_a_cell_may_be_as_large_as_an_item(tmp_path: Path) -> None:
+    file = tmp_path / "users.csv"
+    file.write_text("id,text\n1," + "x" * 250_000 + "\n")
+    (item,) = read_params(str(file))
+    assert len(checked_params(0, item)) > 250_000
+
+
 def test_standard_input_is_read_as_json_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b'{"id": 1}\n[]\n')))
     items = read_params("-")
