@@ -42,7 +42,7 @@ async def status_of_known(known: Known) -> dict[str, Any]:
         "batch": known.batch,
         "limit": known.limit,
         "flow": known.flow,
-        "state": state_of(facts, lost),
+        "state": state_of(facts, lost, empty=known.empty),
         "count": known.count,
         "left": facts.left if facts else 0,
         "missing": missing,

@@ -50,6 +50,11 @@ class Known:
         return max(known)
 
     @property
+    def empty(self) -> bool:
+        """Whether it is known to have no items."""
+        return self.spool is not None and not self.count
+
+    @property
     def own_spool(self) -> Spool:
         """The spool, for what cannot do without.
 
@@ -139,8 +144,10 @@ async def known_batch(settings: ProducerSettings, batch: str) -> AsyncIterator[K
         yield Known(batch, limit, flow, client, place, settings, spool, facts)
 
 
-def state_of(facts: Facts | None, lost: list[int] | None) -> str:
+def state_of(facts: Facts | None, lost: list[int] | None, *, empty: bool = False) -> str:
     """In one word how a batch stands: running, over, cancelled, stopped (not all of it is enqueued) or lost."""
+    if facts is None and empty:  # Redis was never told of it
+        return "over"
     if lost is None or lost or facts is None:
         return "lost"
     if facts.cancelled:

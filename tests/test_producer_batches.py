@@ -306,6 +306,14 @@ def test_who_reads_results_may_leave_when_they_have_enough(place: Site) -> None:
         assert (child.stderr.read(), child.wait()) == (b"", 1)
 
 
+def test_a_batch_without_items_is_over(place: Site) -> None:
+    assert "there were no items" in told(
+        place.pocketfleet("run", "users:flow", "--set", "ids=[]", "--batch", "b")
+    )
+    assert told(place.pocketfleet("batch", "wait", "b")) == "b: 0 of 0 done\n"
+    assert status(place)["state"] == "over"
+
+
 def test_a_key_finds_items_that_stand_elsewhere_now(place: Site) -> None:
     words = [
         "run",
