@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from producer.cancel import Cancelled, cancel
 from producer.enqueue import enqueue
@@ -25,9 +25,19 @@ async def cancel_batch(settings: ProducerSettings, batch: str) -> Cancelled:
         return replace(done, over=over)
 
 
-async def retry_failed(settings: ProducerSettings, batch: str) -> tuple[int, int, str]:
-    """Enqueue every item again that ended without completing; how many, how many never ran and are not in
-    the queue either, and a warning if nobody serves.
+@dataclass(frozen=True)
+class Retried:
+    """Items that run again: how many, and how many of them an earlier retry had brought into the queue already;
+    how many never ran and are not in the queue either; a warning if nobody serves."""
+
+    count: int
+    there: int
+    unrun: int
+    unserved: str
+
+
+async def retry_failed(settings: ProducerSettings, batch: str) -> Retried:
+    """Enqueue every item again that ended without completing.
 
     Raises:
         SpoolError: the spool is not here, or another producer has the batch.
@@ -36,13 +46,15 @@ async def retry_failed(settings: ProducerSettings, batch: str) -> tuple[int, int
         with known.locked_journal() as journal:
             await catch_up(known.client, known.limit, batch, journal)
             journal.ask_again(list(journal.ended_with(STATUSES[1:])))
-            asked = len(journal.retries())
+            asked, added = len(journal.retries()), 0
             if asked:
-                await enqueue(
+                done = await enqueue(
                     known.client, known.own_spool, journal=journal, keep_s=settings.keep_s, only_retries=True
                 )
+                added = done.added
         facts = await read_facts(known.client, known.limit, batch)
-        return asked, facts.missing if facts else 0, await _unserved(known)
+        unrun = facts.missing if facts else 0
+        return Retried(asked, asked - added, unrun, await _unserved(known))
 
 
 async def resubmit_lost(settings: ProducerSettings, batch: str) -> tuple[int, str]:

@@ -132,16 +132,22 @@ def retry(
 
     if not failed:
         raise InputError("say which items to retry: pocketfleet batch retry ID --failed")
-    count, unrun, unserved = asyncio.run(retry_failed(_settings(), batch))
-    rest = f"; {unrun} never ran: run or enqueue it again with --batch {batch}" if unrun else ""
-    follow = f"; follow them: pocketfleet batch wait {batch}" if count else ""
+    done = asyncio.run(retry_failed(_settings(), batch))
+    there = f" ({done.there} by an earlier retry)" if done.there else ""
+    rest = f"; {done.unrun} never ran: run or enqueue it again with --batch {batch}" if done.unrun else ""
+    follow = f"; follow them: pocketfleet batch wait {batch}" if done.count else ""
     _print(
         as_json,
-        {"batch": batch, "retried": count, "never_ran": unrun},
-        f"{_items(count)} enqueued again{rest}{follow}",
+        {
+            "batch": batch,
+            "retried": done.count - done.there,
+            "retried_before": done.there,
+            "never_ran": done.unrun,
+        },
+        f"{_items(done.count)} enqueued again{there}{rest}{follow}",
     )
-    if unserved and count:
-        typer.echo(unserved, err=True)
+    if done.unserved and done.count:
+        typer.echo(done.unserved, err=True)
 
 
 @batches.command()

@@ -176,7 +176,12 @@ def test_a_batch_that_was_retried_on_one_host_is_the_same_on_every_other_one(pla
     assert "9 completed, 3 failed; the batch was over" in told(
         place.pocketfleet(*words, "3.jsonl", **third), 1
     )
-    assert "3 items enqueued again" in told(place.pocketfleet("batch", "retry", "b", "--failed"))
+    assert told(place.pocketfleet("batch", "retry", "b", "--failed")).startswith(
+        "3 items enqueued again; follow"
+    )
+    for env in ({}, third):
+        again = place.pocketfleet("batch", "retry", "b", "--failed", **env)
+        assert "3 items enqueued again (3 by an earlier retry); follow" in told(again)
     (place.directory / "broken").unlink()
     assert "12 completed in" in told(place.pocketfleet(*words, "3.jsonl", **third)), (
         "what the first asked for"
