@@ -41,6 +41,8 @@ def _limits(
 
 
 _Part = tuple[str, int | None, int | None, str]  # name, max_concurrent, max_per_minute, pacing
+_Inside = dict[Holding, asyncio.AbstractEventLoop | None]  # the newest last; None: of a thread
+_GONE = object()
 
 
 @lru_cache(maxsize=4096)
@@ -82,7 +84,7 @@ class limit:  # noqa: N801 - reads as a verb: async with limit("openai", ...)
         LeaseLost: the lease ran out while the block ran; in asyncio code the block was cancelled.
     """
 
-    __slots__ = ("names", "_last", "_parts", "_timeout_s", "_values", "_values_for")
+    __slots__ = ("names", "_inside", "_parts", "_timeout_s", "_values", "_values_for")
 
     def __init__(
         self,
@@ -104,14 +106,14 @@ class limit:  # noqa: N801 - reads as a verb: async with limit("openai", ...)
             self._values = tuple([_limits(*part, DEFAULT_LEASE_S) for part in self._parts])
         self._values_for = DEFAULT_LEASE_S
         self._timeout_s = timeout_s
-        self._last: Holding | None = None
+        self._inside: _Inside = {}
 
     @classmethod
     def of(cls, limits: Limits) -> limit:
         """The block of a limit whose values are known, with a lease of their own."""
         block = cls.__new__(cls)
         block.names, block._parts, block._timeout_s = (limits.name,), (), None
-        block._last, block._values, block._values_for = None, (limits,), limits.lease_s
+        block._inside, block._values, block._values_for = {}, (limits,), limits.lease_s
         return block
 
     # --- in asyncio code ---------------------------------------------------------------------------
@@ -130,16 +132,15 @@ class limit:  # noqa: N801 - reads as a verb: async with limit("openai", ...)
         task = asyncio.current_task(loop)
         for permit in permits:
             permit.bind(task)
-        self._last = hold(self.names, self, permits)
+        self._inside[hold(self.names, self, permits)] = loop
         return permits[0]
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        holding = held_by(self) or self._last
-        if holding is None or not holding.active:
+        holding = self._leave(asyncio.get_running_loop())
+        if holding is None:
             return
-        let_go(holding)
         teach(holding.permits, error is None, lesson(error) if error else None)
         lost = []
         for permit in holding.permits:
@@ -159,20 +160,40 @@ class limit:  # noqa: N801 - reads as a verb: async with limit("openai", ...)
         while monotonic() > min(permit.start_by for permit in permits):
             background.call(partial(_too_late, permits))
             permits = background.run(self._acquire(), _return_unused)
-        self._last = hold(self.names, self, permits)
+        self._inside[hold(self.names, self, permits)] = None
         return permits[0]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        holding = held_by(self) or self._last
-        if holding is None or not holding.active:
+        holding = self._leave(None)
+        if holding is None:
             return
-        let_go(holding)
         background.call(partial(_give_back, holding.permits, error is None, lesson(error)))
         lost = next((permit.limit for permit in holding.permits if permit.lost), None)
         if lost is not None and error is None:
             raise LeaseLost(lost)
+
+    # -----------------------------------------------------------------------------------------------
+
+    def _leave(self, loop: asyncio.AbstractEventLoop | None) -> Holding | None:
+        """The block that ends, held no more; its loop, or None of a thread's.
+
+        A block that was entered in a copy of the context, as by another task or thread, is not known to who
+        leaves it: then it is the newest one. Permits of one gate are alike, so what counts is that each end
+        gives back one.
+        """
+        own = held_by(self)
+        if own is not None and self._took(own, loop):
+            return own
+        return next((each for each in reversed([*self._inside]) if self._took(each, loop)), None)
+
+    def _took(self, holding: Holding, loop: asyncio.AbstractEventLoop | None) -> bool:
+        """Take it off the list, unless another thread just did."""
+        if self._inside.get(holding, _GONE) is not loop or self._inside.pop(holding, _GONE) is _GONE:
+            return False
+        let_go(holding)
+        return True
 
     async def _acquire(self) -> Sequence[Permit]:
         process = open_already(asyncio.get_running_loop()) or await current_process()

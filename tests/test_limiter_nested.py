@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -102,6 +102,55 @@ def test_one_object_serves_many_tasks_and_threads_at_a_time(server: redis.Redis)
     asyncio.run(main())
     assert crowd.entered == 40 and crowd.most <= 3
     until(lambda: in_use(server, "api") == 0)
+
+
+def test_blocks_of_one_object_that_end_in_other_threads_each_give_one_slot_back(server: redis.Redis) -> None:
+    """As a web framework does: a dependency is entered in one copy of the context and left in another."""
+    api = limit("api", max_concurrent=3)
+
+    async def main() -> None:
+        for _ in range(3):
+            await asyncio.to_thread(api.__enter__)
+        for still in (2, 1, 0):
+            await asyncio.to_thread(api.__exit__, None, None, None)
+            await asyncio.to_thread(until, lambda still=still: in_use(server, "api") == still)
+        await asyncio.to_thread(api.__exit__, None, None, None)  # one too many gives nothing back
+
+    asyncio.run(main())
+    with api:
+        assert in_use(server, "api") == 1
+
+
+def test_generators_that_other_tasks_close_each_give_their_slot_back(server: redis.Redis) -> None:
+    api = limit("api", max_concurrent=3)
+
+    async def pages() -> AsyncGenerator[int, None]:
+        async with api:
+            yield 1
+
+    async def work(leave: asyncio.Event) -> None:
+        async with api:
+            await leave.wait()
+
+    async def main() -> None:
+        leave = asyncio.Event()
+        worker = asyncio.create_task(work(leave))
+        for _ in range(2):
+            both = pages(), pages()
+            for each in both:
+                await asyncio.create_task(anext(each))  # type: ignore[arg-type]
+            pump = await pump_of("api")
+            assert pump.held == 3
+            for each in both:
+                await asyncio.create_task(each.aclose())  # type: ignore[arg-type]
+            await heard(pump)
+            assert in_use(server, "api") == pump.held == 1
+        leave.set()
+        await worker
+        await heard(pump)
+        assert in_use(server, "api") == pump.held == 0
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("other", [{"max_concurrent": 4}, {"max_concurrent": 3, "max_per_minute": 5}])
