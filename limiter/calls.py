@@ -66,6 +66,7 @@ class Calls:
 
     def begin(self, joint: Joint | None = None) -> Call:
         """The next call; it is in flight until `hear` or `unheard`. `joint`: those it asks for as well."""
+        self._say_again()
         self._in_flight = self._compose(joint)
         return self._in_flight
 
@@ -123,13 +124,17 @@ class Calls:
     def good_bye(self) -> Call:
         """The last call: everything goes back."""
         self.joined = False
-        if self._in_flight is not None:
-            # cancelled in the middle of a call: whether it was heard is unknown, and entries may come twice
-            self._news.add_first(self._in_flight.entries)
+        self._say_again()
         call = self._compose()
         call.held, call.permits, call.jobs, call.leave = 0, 0, 0, True
         call.entries += [Entry(e.job, e.attempt, e.flow, "hand") for e in self._slots.claims.values()]
         return call
+
+    def _say_again(self) -> None:
+        """Cancelled or failed in the middle of a call: whether it was heard is unknown, and entries may come twice."""
+        if self._in_flight is not None:
+            self._news.add_first(self._in_flight.entries)
+            self._in_flight = None
 
     # --- what a call says --------------------------------------------------------------------------
 

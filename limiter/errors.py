@@ -46,6 +46,17 @@ class LeaseLost(LimiterError):
         self.limit = limit
 
 
+class LimitClosed(LimiterError):
+    """The event loop is ending, or its process was closed: nothing is admitted here any more. Carries `limit`."""
+
+    def __init__(self, limit: str) -> None:
+        super().__init__(
+            f"limit '{limit}' cannot be taken here any more: this event loop is ending and has given everything "
+            "back; take it before the loop's tasks are cancelled"
+        )
+        self.limit = limit
+
+
 class HeldAlready(LimiterError):
     """The run asks for a gate it is inside of already. Carries `limit`."""
 

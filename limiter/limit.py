@@ -82,6 +82,7 @@ class limit:  # noqa: N801 - reads as a verb: async with limit("openai", ...)
         AdmissionTimeout: not admitted within `timeout_s`.
         WaitCircle: gates wait for each other, so this wait was ended.
         LeaseLost: the lease ran out while the block ran; in asyncio code the block was cancelled.
+        LimitClosed: the event loop is ending, and has given everything back.
     """
 
     __slots__ = ("names", "_inside", "_parts", "_timeout_s", "_values", "_values_for")

@@ -20,6 +20,7 @@ from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from limiter.circle import Circles
 from limiter.client import ANSWER_S, open_client, open_pubsub_client, open_sync_client
 from limiter.control import may_be_poison
+from limiter.errors import LimitClosed
 from limiter.limits import Limits
 from limiter.line import Line
 from limiter.loops import refuse_other_values, two_values
@@ -78,10 +79,12 @@ class Process:
             self._renewal.start()
 
     def pump(self, limits: Limits | str) -> Pump:
-        """The pump of a limit; two different values for one name are refused."""
+        """The pump of a limit; two different values for one name are refused, and any new name once closed."""
         name = limits if isinstance(limits, str) else limits.name
         pump = self.pumps.get(name)
         if pump is None:
+            if self.closed:
+                raise LimitClosed(name)
             if isinstance(limits, Limits):
                 refuse_other_values(self, limits)
             pump = self.pumps[name] = Pump(self, limits)

@@ -18,10 +18,11 @@ from redis.exceptions import RedisError, ResponseError
 
 from limiter.alarm import Alarm
 from limiter.calls import Calls
-from limiter.control import repair
+from limiter.errors import LimitClosed
 from limiter.keys import GateKeys
 from limiter.limits import Limits
 from limiter.line import Line
+from limiter.mend import mend
 from limiter.news import News
 from limiter.permit import Permit
 from limiter.slots import Crew, Slots
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pocketfleet.limiter")
 
+FAULT_S = 1.0
+"""How long a pump stands back after a fault of ours."""
+
 
 class Pump:
     """One event loop's dealings with one limit.
@@ -44,6 +48,7 @@ class Pump:
         slots: what is held; `news`: what happened since the last call; `calls`: what is said and heard.
         alarm: rings when there is something to say.
         calling: held while a call is in flight; whoever calls several gates holds those of all.
+        over: it has left, or is leaving, and serves nobody any more.
     """
 
     def __init__(self, process: Process, limits: Limits | str) -> None:
@@ -58,7 +63,7 @@ class Pump:
         self.slots = Slots()
         self.calls = Calls(self)
         self.calling = asyncio.Lock()
-        self.closing = False
+        self.closing = self.over = False
         self._keys = GateKeys(self.name).all
         self._line = Line(process.client, SYNC)
         self._round: deque[Joint] = deque()  # joints still to be tried since the last ring
@@ -94,7 +99,10 @@ class Pump:
     # --- what user tasks call: no I/O --------------------------------------------------------------
 
     def queue(self, waiter: asyncio.Future[Permit], *, first: bool = False) -> None:
-        """Stand in line for a permit; the future gets it."""
+        """Stand in line for a permit; the future gets it, or `LimitClosed`."""
+        if self.over:
+            waiter.set_exception(LimitClosed(self.name))
+            return
         if first:
             self.waiters.appendleft(waiter)
         else:
@@ -162,6 +170,9 @@ class Pump:
         While Redis is away this waits. If the attempt is no longer ours the crew is told so first.
         """
         heard = entry.heard = self.process.loop.create_future()
+        if self.over:
+            heard.set_exception(LimitClosed(self.name))
+            return heard
         self.news.add((entry,))
         self.kick()
         return heard
@@ -192,6 +203,8 @@ class Pump:
 
     async def contact(self) -> None:
         """Wait for the next answer of a gate that knows what we hold."""
+        if self.over:
+            raise LimitClosed(self.name)
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.calls.contacts.append(waiter)
         self.kick()
@@ -208,15 +221,25 @@ class Pump:
                 self.calls.pressing = False
                 if self.closing and not self.calls.joined and not self.news:
                     return
-                joint = self._next_joint()
-                await (self._exchange() if joint is None else joint.exchange())
+                await self._try_to_exchange()
                 if self._round:
                     self.kick()
         finally:
+            self.over = True
             try:
                 await self._leave()
             finally:
                 await self._line.close()
+
+    async def _try_to_exchange(self) -> None:
+        """A fault of ours must not end the only task that keeps the lease."""
+        try:
+            joint = self._next_joint()
+            await (self._exchange() if joint is None else joint.exchange())
+        except Exception:
+            log.exception("pump.fault limit=%s", self.name)
+            await asyncio.sleep(FAULT_S)
+            self.kick()
 
     def _next_joint(self) -> Joint | None:
         """Who waits here for other gates too: one after the other, since each needs a call of its own."""
@@ -244,16 +267,8 @@ class Pump:
             self.calls.hear(call, read_answer(reply), first_sent, sent)
 
     async def repair(self, call: Call) -> bool:
-        """A script met what it cannot read: have it mended, and say so once; whether that was possible."""
-        batches = {entry.job.rpartition(":")[0].partition("}:")[2] for entry in call.entries}
-        try:
-            change = await repair(self.process.client, self.name, self.process.id, call.flows, batches)
-        except (RedisError, OSError) as fault:
-            log.debug("gate.not_repaired limit=%s error=%s", self.name, fault)
-            return False
-        if change.repaired:
-            log.warning("gate.repaired limit=%s what=%s", self.name, change.repaired)
-        return bool(change.repaired)
+        """A script met what it cannot read: have it mended; whether that was possible."""
+        return await mend(self.process.client, self.name, call)
 
     def _forget(self, call: Call) -> None:
         """The gate has no values and noted nothing: fail who waits, unless values were brought meanwhile."""
@@ -278,6 +293,8 @@ class Pump:
         self.slots.stop_watching()
         for waiter in self.waiters:
             waiter.cancel()
+        for contact in self.calls.contacts:
+            contact.cancel()
         alone = False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1.0):
@@ -297,3 +314,7 @@ class Pump:
                 await self._line.call(self._keys, call.argv())
         except (RedisError, OSError, TimeoutError) as error:
             log.warning("pump.left_unheard limit=%s error=%s", self.name, type(error).__name__)
+        finally:
+            for entry in (*call.heard, *self.news.entries):
+                if entry.heard is not None:
+                    entry.heard.cancel()

@@ -175,13 +175,13 @@ def read_wake(message: bytes) -> tuple[str, float | Grant | Abort]:
 
 
 def read_answer(reply: Sequence[Any]) -> Answer:
-    """Decode the reply of `sync.lua` (bytes, as redis-py gives it)."""
-    head = reply[0].decode().split(" ")
+    """Decode the reply of `sync.lua` (bytes, as redis-py gives it). Bytes that are no text are shown as such."""
+    head = _text(reply[0]).split(" ")
     if head[0] == "-1":
         return Answer(STALE, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, "-", 0, "", "", [], [])
     jobs = [
         Claimed(
-            reply[i].decode(),
+            _text(reply[i]),
             int(reply[i + 1]),
             int(reply[i + 2]),
             int(reply[i + 3]),
@@ -208,12 +208,16 @@ def read_answer(reply: Sequence[Any]) -> Answer:
         reason=head[13],
         attempt=int(head[14]),
         note=head[-1][1:] if head[-1][0] == "!" else "",
-        override=reply[1].decode(),
-        refused=reply[2].decode().split(),
+        override=_text(reply[1]),
+        refused=_text(reply[2]).split(),
         jobs=jobs,
         together=int(head[15]),
         stands=head[16] == "1",
     )
+
+
+def _text(words: bytes) -> str:
+    return words.decode(errors="replace")
 
 
 def together_argv(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from redis.exceptions import ResponseError
 
-from limiter.errors import AdmissionTimeout, LimitsError
+from limiter.errors import AdmissionTimeout, LimitClosed, LimitsError
 from limiter.keys import GateKeys
 from limiter.line import Line
 from limiter.permit import Permit
@@ -62,7 +62,11 @@ class Joint:
         return not unknown
 
     def queue(self, waiter: asyncio.Future[Permits], *, first: bool = False) -> None:
-        """Stand in line for one permit of each gate."""
+        """Stand in line for one permit of each gate; the future gets them, or `LimitClosed`."""
+        over = next((pump.name for pump in self.pumps if pump.over), None)
+        if over is not None:
+            waiter.set_exception(LimitClosed(over))
+            return
         if not self.waiting:
             self._patience.begin(monotonic())
         self._waiters.insert(0 if first else len(self._waiters), waiter)

@@ -17,7 +17,7 @@ import pytest
 import redis
 
 from limiter.current import current_process
-from limiter.errors import AdmissionTimeout, LeaseLost, LimitsError
+from limiter.errors import AdmissionTimeout, LeaseLost, LimitClosed, LimitsError
 from limiter.keys import GateKeys
 from limiter.limit import limit
 from limiter.limits import Limits
@@ -25,6 +25,7 @@ from limiter.permit import acquire
 from limiter.process import Process
 from limiter.pump import Pump
 from limiter.sync import Entry
+from limiter.together import acquire_together
 from tests import fleet, servers
 from tests.fleet import Site, until
 from tests.stalls import slack_s
@@ -229,6 +230,89 @@ def test_the_end_of_the_loop_gives_everything_back(server: redis.Redis) -> None:
     asyncio.run(main())
     assert in_use(server, "api") == 0
     assert server.zcard(GateKeys("api").leases) == 0
+
+
+@pytest.mark.parametrize("names", [("api",), ("new",), ("api", "new")])
+def test_a_cleanup_that_asks_while_the_loop_ends_is_refused_in_a_sentence(
+    server: redis.Redis, names: tuple[str, ...]
+) -> None:
+    told: list[Exception] = []
+    tasks = []
+
+    async def work(pump: Pump) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            while not pump.over:  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.002)
+            try:
+                async with asyncio.timeout(5), limit(*(limit(name, max_concurrent=1) for name in names)):
+                    pass
+            except Exception as error:
+                told.append(error)
+
+    async def main() -> None:
+        async with limit("api", max_concurrent=1):
+            tasks.append(asyncio.create_task(work(await pump_of("api"))))
+
+    asyncio.run(main())
+    assert [type(error) for error in told] == [LimitClosed]
+    assert "this event loop is ending" in str(told[0])
+    assert server.zcard(GateKeys("api").leases) == 0 == server.zcard(GateKeys("new").leases)
+
+
+def test_nobody_waits_for_a_pump_that_has_left() -> None:
+    async def go() -> None:
+        clients = [fakeredis.FakeAsyncRedis(server=fakeredis.FakeServer(version=(7,))) for _ in range(2)]
+        process = Process(*clients)
+        pump = process.pump(Limits("l", 1))
+        (await acquire(pump)).release()
+        await process.close()
+        async with asyncio.timeout(5):
+            for wait in (acquire(pump), pump.contact(), pump.save(Entry("{l}:b:0", 1, 1, "save"))):
+                with pytest.raises(LimitClosed, match="limit 'l' cannot be taken here any more"):
+                    await wait
+            with pytest.raises(LimitClosed):
+                await acquire_together(process, [pump])
+            with pytest.raises(LimitClosed):
+                process.pump(Limits("another", 1))
+
+    asyncio.run(go())
+
+
+def test_a_fault_of_ours_is_told_and_the_pump_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("limiter.pump.FAULT_S", 0.01)
+
+    async def go() -> None:
+        clients = [fakeredis.FakeAsyncRedis(server=fakeredis.FakeServer(version=(7,))) for _ in range(2)]
+        process = Process(*clients)
+        pump = process.pump(Limits("l", 1))
+        held = await acquire(pump)
+        answer, said = pump._line.call, list[list[str]]()
+
+        async def nonsense(keys: Any, args: list[Any]) -> Any:
+            said.append([entry for entry in map(str, args) if entry == "{l}:b:0"])
+            await answer(keys, args)
+            if len(said) == 1:
+                return [b"no answer"]
+            pump._line.call = answer  # type: ignore[method-assign]
+            return await answer(keys, args)
+
+        pump._line.call = nonsense  # type: ignore[method-assign]
+        pump.settle(Entry("{l}:b:0", 1, 1, "completed", b"out"))
+        await asyncio.wait_for(pump.contact(), 5)
+        assert said == [["{l}:b:0"], ["{l}:b:0"]], "what was in the call without an answer is said again"
+        held.release()
+        (await asyncio.wait_for(acquire(pump), 5)).release()
+        await heard(pump)
+        assert pump.answer is not None and pump.answer.in_use == 0
+        await process.close()
+
+    asyncio.run(go())
+    faults = [record for record in caplog.records if record.message.startswith("pump.fault")]
+    assert [fault.message for fault in faults] == ["pump.fault limit=l"] and faults[0].exc_info
 
 
 def test_a_caller_that_is_not_admitted_in_time_is_told_why(server: redis.Redis) -> None:

@@ -20,7 +20,7 @@ from limiter.keys import GateKeys
 from limiter.limit import limit
 from limiter.limits import Limits
 from limiter.sync import Answer, Call, Entry, read_answer
-from tests.test_limiter_permit import held_elsewhere
+from tests.test_limiter_permit import held_elsewhere, pump_of
 
 S = 1_000_000
 LIMITS = Limits("L", 8, 100, min_concurrent=1, initial_concurrent=4, window_s=10)
@@ -276,3 +276,20 @@ def test_a_poisoned_gate_is_mended_by_whoever_meets_it_with_one_warning(
     said = [each.message for each in caplog.records if each.name.startswith("pocketfleet")]
     assert len(said) == 1 and said[0].startswith("gate.repaired "), caplog.text
     assert ("level" if poison != "text" else key) in said[0]
+
+
+def test_a_text_of_other_bytes_holds_nobody_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def go(client: redis.Redis) -> None:
+        async with held_elsewhere("x", max_concurrent=2):
+            client.hset(GateKeys("x").gate, "override", b"- - - 5 x - \xff\xfe - - - - -")
+            async with asyncio.timeout(20), limit("x", max_concurrent=2):
+                pump = await pump_of("x")
+                assert pump.answer is not None and "\ufffd" in pump.answer.override
+
+    with running("valkey") as url:
+        monkeypatch.setenv("POCKETFLEET_REDIS_URL", url)
+        with redis.Redis.from_url(url) as client:
+            asyncio.run(go(client))
+    assert not caplog.records
