@@ -273,6 +273,7 @@ class Pump:
     def _forget(self, call: Call) -> None:
         """The gate has no values and noted nothing: fail who waits, unless values were brought meanwhile."""
         self.calls.unheard(call)
+        self.alarm.due = monotonic() + self.process.lease_s / 3
         if self.values == call.limits:
             self._fail_waiters(no_values(self.name))
         else:

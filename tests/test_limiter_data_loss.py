@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
+import fakeredis
 import redis.asyncio
 
 from limiter.keys import GateKeys
 from limiter.limits import Limits
-from limiter.process import open_process
+from limiter.permit import acquire
+from limiter.process import Process, open_process
 from limiter.script import script
 from limiter.sync import Claimed, Entry
 from producer.enqueue import ENQUEUE
@@ -66,3 +69,34 @@ def test_runs_that_all_end_just_after_the_loss_are_recorded() -> None:
 
     with servers.running("valkey") as url:
         asyncio.run(go(url))
+
+
+def test_a_holder_without_values_of_its_own_does_not_ask_without_pause_for_what_was_lost() -> None:
+    async def go() -> int:
+        server = fakeredis.FakeServer(version=(7,))
+        giver, process = (
+            Process(*(fakeredis.FakeAsyncRedis(server=server) for _ in range(2))) for _ in range(2)
+        )
+        (await acquire(giver.pump(Limits("L", 1)))).release()
+        pump = process.pump("L")
+        await acquire(pump)
+        await giver.close()
+        await process.client.flushall()
+        answer, asked = pump._line.call, 0
+        heard = asyncio.Event()
+
+        async def call(keys: Any, args: Any) -> Any:
+            nonlocal asked
+            asked += 1
+            heard.set()
+            return await answer(keys, args)
+
+        pump._line.call = call  # type: ignore[method-assign]
+        pump.alarm.due = 0.0  # a heartbeat
+        pump.kick()
+        await asyncio.wait_for(heard.wait(), 5)
+        await asyncio.sleep(0.2)
+        await process.close()
+        return asked
+
+    assert asyncio.run(go()) <= 3, "and its last word"
