@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from time import monotonic
 
 
 class Alarm:
-    """`sleep` returns once `ring` was called since the last sleep, or when `due` (monotonic s) comes."""
+    """`sleep` returns once `ring` was called since the last sleep, or when `due` (monotonic s) comes.
+
+    What `bring_forward` was told since `listen` holds beside a later `expect`: it may be newer.
+    """
 
     def __init__(self) -> None:
         self.due = 0.0
+        self._hint = math.inf
         self.rung = False
         self._sleeping: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -23,10 +28,19 @@ class Alarm:
 
     def bring_forward(self, due: float) -> None:
         """Sleep no longer than until `due`."""
+        self._hint = min(self._hint, due)
         if due < self.due:
             self.due = due
             if self._timer is not None:
                 self._set_timer()
+
+    def listen(self) -> None:
+        """A question is asked now: hints from before it are answered by its answer."""
+        self._hint = math.inf
+
+    def expect(self, due: float) -> None:
+        """The answer says when it is due, unless a hint that came meanwhile says earlier."""
+        self.due = min(due, self._hint)
 
     async def sleep(self, *, for_ever: bool) -> None:
         """Until rung or due; `for_ever`: until rung."""

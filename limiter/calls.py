@@ -67,6 +67,7 @@ class Calls:
     def begin(self, joint: Joint | None = None) -> Call:
         """The next call; it is in flight until `hear` or `unheard`. `joint`: those it asks for as well."""
         self._say_again()
+        self._pump.alarm.listen()
         self._in_flight = self._compose(joint)
         return self._in_flight
 
@@ -202,7 +203,7 @@ class Calls:
         self.joined = not call.leave
         self.spoke_at = monotonic()
         # an answer given to the first sending of a repeated call counts from then
-        pump.alarm.due = (self.spoke_at if sent - first_sent < 0.05 else first_sent) + answer.wait_s
+        pump.alarm.expect((self.spoke_at if sent - first_sent < 0.05 else first_sent) + answer.wait_s)
         self._lose_claims(call, answer.refused)
         self._hear_lease(answer, sent)
         self._answered_sent, self._answered_now = first_sent, answer.now

@@ -202,3 +202,31 @@ def test_waiters_the_gate_has_not_heard_of_are_made_known_after_a_grant(
         assert await in_use(judge) == theirs.held == 0
 
     play(story)
+
+
+def test_a_hint_that_comes_during_a_call_holds_beside_its_answer(play: Callable[[Story], None]) -> None:
+    async def story(a: Process, b: Process, judge: Redis) -> None:
+        mine, theirs = a.pump(ONE), b.pump(ONE)
+        held = await acquire(mine)
+        waiting = await in_line(theirs)
+        send = theirs._line.call
+
+        async def slow(*args: Any) -> Any:
+            reply = await send(*args)
+            theirs.wake(0.5)
+            theirs.wake(0.9)
+            return reply
+
+        theirs._line.call = slow  # type: ignore[method-assign]
+        await theirs.contact()
+        assert theirs.answer is not None and theirs.answer.wait_s > 1
+        assert theirs.alarm.due <= monotonic() + 0.5
+        theirs._line.call = send  # type: ignore[method-assign]
+        await theirs.contact()
+        assert theirs.alarm.due > theirs.calls.spoke_at + 1, (
+            "a hint from before the call is over with its answer"
+        )
+        held.release()
+        (await waiting).release()
+
+    play(story)
