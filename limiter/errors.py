@@ -47,12 +47,15 @@ class LeaseLost(LimiterError):
 
 
 class LimitClosed(LimiterError):
-    """The event loop is ending, or its process was closed: nothing is admitted here any more. Carries `limit`."""
+    """The event loop is ending, or its process was closed: nothing is admitted here any more. Carries `limit`,
+    where one is known.
+    """
 
-    def __init__(self, limit: str) -> None:
+    def __init__(self, limit: str = "") -> None:
+        what = f"limit '{limit}'" if limit else "a limit"
         super().__init__(
-            f"limit '{limit}' cannot be taken here any more: this event loop is ending and has given everything "
-            "back; take it before the loop's tasks are cancelled"
+            f"{what} cannot be taken here any more: this event loop is ending and has given everything back; take "
+            "it before the loop's tasks are cancelled"
         )
         self.limit = limit
 

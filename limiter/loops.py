@@ -6,6 +6,7 @@ import asyncio
 import os
 import weakref
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING
 
 from limiter.errors import LimitsError
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 of_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Future[Process]] = (
     weakref.WeakKeyDictionary()
 )
-"""By loop, its process, or that it is being opened."""
+"""By loop, its process, or that it is being opened. The value holds its key: `forget` it with the loop."""
+ending: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
+"""Loops whose tasks are being cancelled: what is opened there now would never be closed."""
 _recent: tuple[asyncio.AbstractEventLoop, Process] | None = None  # what `open_already` last found
 
 
@@ -30,6 +33,14 @@ def _forget_all() -> None:
 os.register_at_fork(after_in_child=_forget_all)
 
 
+def forget(loop: asyncio.AbstractEventLoop) -> None:
+    """Its process is closed, or gone with it."""
+    global _recent
+    of_loop.pop(loop, None)
+    if _recent is not None and _recent[0] is loop:
+        _recent = None
+
+
 def adopt(process: Process) -> None:
     """Make it the process of the running loop, unless that has one: `limit()` then shares its pumps."""
     loop = asyncio.get_running_loop()
@@ -37,7 +48,7 @@ def adopt(process: Process) -> None:
         opened: asyncio.Future[Process] = loop.create_future()
         opened.set_result(process)
         of_loop[loop] = opened
-        process.on_close(lambda: of_loop.pop(loop, None))
+        process.on_close(partial(forget, loop))
 
 
 def open_already(loop: asyncio.AbstractEventLoop) -> Process | None:

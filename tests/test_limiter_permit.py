@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import random
 import signal
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -21,6 +23,7 @@ from limiter.errors import AdmissionTimeout, LeaseLost, LimitClosed, LimitsError
 from limiter.keys import GateKeys
 from limiter.limit import limit
 from limiter.limits import Limits
+from limiter.loops import of_loop
 from limiter.permit import acquire
 from limiter.process import Process
 from limiter.pump import Pump
@@ -259,6 +262,34 @@ def test_a_cleanup_that_asks_while_the_loop_ends_is_refused_in_a_sentence(
     assert [type(error) for error in told] == [LimitClosed]
     assert "this event loop is ending" in str(told[0])
     assert server.zcard(GateKeys("api").leases) == 0 == server.zcard(GateKeys("new").leases)
+
+
+def test_nothing_of_a_loop_is_kept_once_it_has_ended(server: redis.Redis) -> None:
+    api, seen = limit("api", max_concurrent=1), list[weakref.ref[Process]]()
+
+    async def main() -> None:
+        async with api:
+            seen.append(weakref.ref(await current_process()))
+
+    for _ in range(3):
+        asyncio.run(main())
+    assert len(of_loop) == 0
+
+    def gone() -> bool:
+        gc.collect()
+        return [ref() for ref in seen] == [None] * 3
+
+    until(gone, "the renewal threads have ended")
+
+
+def test_after_a_process_was_closed_its_loop_may_open_another(server: redis.Redis) -> None:
+    async def main() -> None:
+        for _ in range(2):
+            async with limit("api", max_concurrent=1, timeout_s=20):
+                pass
+            await (await current_process()).close()
+
+    asyncio.run(main())
 
 
 def test_nobody_waits_for_a_pump_that_has_left() -> None:
