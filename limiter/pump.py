@@ -37,6 +37,8 @@ log = logging.getLogger("pocketfleet.limiter")
 
 FAULT_S = 1.0
 """How long a pump stands back after a fault of ours."""
+IDLE_S = 1.0
+"""How long a connection is kept that nobody needs."""
 
 
 class Pump:
@@ -217,7 +219,7 @@ class Pump:
         try:
             while not (self.closing and not self.news):
                 if not self.calls.pressing:
-                    await self.alarm.sleep(for_ever=not (self.calls.joined or self.wanted))
+                    await self._sleep()
                 self.calls.pressing = False
                 if self.closing and not self.calls.joined and not self.news:
                     return
@@ -230,6 +232,23 @@ class Pump:
                 await self._leave()
             finally:
                 await self._line.close()
+
+    async def _sleep(self) -> None:
+        """Until there is something to say. A connection that nobody needs for a while is given back."""
+        if not (self.calls.joined or self.wanted):
+            self.alarm.due = monotonic() + IDLE_S
+            await self.alarm.sleep(for_ever=False)
+            if self.alarm.rung or self.calls.joined or self.wanted:
+                return
+            await self._disconnect()
+        await self.alarm.sleep(for_ever=not (self.calls.joined or self.wanted))
+
+    async def _disconnect(self) -> None:
+        """The next call connects again."""
+        async with self.calling:
+            await self._line.close()
+            for joint in self.joints:
+                await joint.disconnect()
 
     async def _try_to_exchange(self) -> None:
         """A fault of ours must not end the only task that keeps the lease."""

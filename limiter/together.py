@@ -174,6 +174,10 @@ class Joint:
             self._timer.cancel()
         for waiter in self._waiters:
             waiter.cancel()
+        await self.disconnect()
+
+    async def disconnect(self) -> None:
+        """The next call connects again."""
         await self._line.close()
 
 

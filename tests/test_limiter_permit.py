@@ -282,6 +282,27 @@ def test_nothing_of_a_loop_is_kept_once_it_has_ended(server: redis.Redis) -> Non
     until(gone, "the renewal threads have ended")
 
 
+def test_connections_of_limits_that_nobody_uses_are_given_back(
+    server: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("limiter.pump.IDLE_S", 0.02)
+
+    async def main() -> None:
+        await current_process()
+        before = len(server.client_list())
+        users = [limit(f"user-{number}", max_concurrent=1) for number in range(4)]
+        for _ in range(2):
+            for user in users:
+                async with user as permit:
+                    assert in_use(server, permit.limit) == 1
+            async with limit(*users[:2]):
+                assert in_use(server, "user-0") == in_use(server, "user-1") == 1
+                assert len(server.client_list()) > before
+            await asyncio.to_thread(until, lambda: len(server.client_list()) == before)
+
+    asyncio.run(main())
+
+
 def test_after_a_process_was_closed_its_loop_may_open_another(server: redis.Redis) -> None:
     async def main() -> None:
         for _ in range(2):
