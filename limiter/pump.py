@@ -8,18 +8,18 @@ it is answered, and hands out what the answer grants.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 from limiter.alarm import Alarm
 from limiter.calls import Calls
 from limiter.errors import LimitClosed
 from limiter.keys import GateKeys
+from limiter.leave import leave
 from limiter.limits import Limits
 from limiter.line import Line
 from limiter.mend import mend
@@ -229,7 +229,7 @@ class Pump:
         finally:
             self.over = True
             try:
-                await self._leave()
+                await leave(self, self._line, self._keys)
             finally:
                 await self._line.close()
 
@@ -305,36 +305,3 @@ class Pump:
                 waiter.set_exception(error)
         for joint in self.joints:
             joint.fail(error)
-
-    # --- the end -----------------------------------------------------------------------------------
-
-    async def _leave(self) -> None:
-        """Give everything back in one last call, also while the loop is being cancelled."""
-        self.slots.stop_watching()
-        for waiter in self.waiters:
-            waiter.cancel()
-        for contact in self.calls.contacts:
-            contact.cancel()
-        alone = False
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1.0):
-                alone = await self.calling.acquire()  # a call for several gates may be in flight
-        try:
-            await self._say_good_bye()
-        finally:
-            if alone:
-                self.calling.release()
-
-    async def _say_good_bye(self) -> None:
-        if not self.calls.joined:
-            return
-        call = self.calls.good_bye()
-        try:
-            async with asyncio.timeout(2.0):
-                await self._line.call(self._keys, call.argv())
-        except (RedisError, OSError, TimeoutError) as error:
-            log.warning("pump.left_unheard limit=%s error=%s", self.name, type(error).__name__)
-        finally:
-            for entry in (*call.heard, *self.news.entries):
-                if entry.heard is not None:
-                    entry.heard.cancel()
