@@ -31,6 +31,8 @@ from redis.exceptions import (
 )
 from redis.retry import Retry as SyncRetry
 
+from limiter.wording import AsyncParser, Parser
+
 ANSWER_S, CONNECT_S = 5.0, 2.0
 # A refused connect is the builtin OSError inside redis-py; without it nothing retries while Redis is down.
 RETRIED = [
@@ -82,6 +84,7 @@ def open_sync_client(url: str, *, answer_s: float = 2.0) -> redis.Redis:
         "socket_timeout": answer_s,
         "socket_connect_timeout": min(1.0, answer_s),
         "retry": SyncRetry(NoBackoff(), 0),
+        "parser_class": Parser,
     }
     return _SyncClient.from_pool(_SyncPool.from_url(url, **options))
 
@@ -193,6 +196,7 @@ def _options(url: str) -> dict[str, Any]:
         "socket_connect_timeout": CONNECT_S,
         "health_check_interval": 10,
         "retry": Retry(NoBackoff(), 0),
+        "parser_class": AsyncParser,
     }
     scheme = urlsplit(url).scheme
     if scheme != "unix":

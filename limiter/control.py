@@ -140,6 +140,8 @@ async def repair(
 def may_be_poison(error: ResponseError) -> bool:
     """Whether a script failed at what it found in its keys, rather than at the state of the server."""
     said = str(error)
+    if type(error) is not ResponseError:  # redis-py knows it: read-only, out of memory, no right
+        return False
     return not said.startswith(_NOT_POISON) and any(
         sign in said for sign in ("WRONGTYPE", "user_script", "running script")
     )

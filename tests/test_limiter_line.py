@@ -13,13 +13,17 @@ from typing import Any
 import fakeredis
 import pytest
 import redis
+from redis.exceptions import OutOfMemoryError, ReadOnlyError
 
-from limiter.client import open_client
+from limiter.client import open_client, open_sync_client
+from limiter.control import may_be_poison
 from limiter.line import Line
+from limiter.trouble import words
 from tests import servers
 
 ECHO = """
 if ARGV[1] == 'fail' then return redis.error_reply('NOLIMITS none') end
+if ARGV[1] == 'error' then return redis.error_reply(ARGV[2]) end
 if ARGV[1] == 'spin' then for _ = 1, 2000000 do end end
 return ARGV[1]
 """
@@ -146,3 +150,50 @@ def test_on_fakeredis_a_server_that_is_gone_fails_the_call_at_once_and_leaves_no
         await client.aclose()
 
     asyncio.run(go())
+
+
+IN_62 = "ERR Error running script (call to f_f742): @user_script:5: @user_script: 5: -"
+IN_7 = " script: f_f742, on @user_script:5."
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("READONLY You can't write against a read only replica.", ReadOnlyError),
+        ("OOM command not allowed when used memory > 'maxmemory'.", OutOfMemoryError),
+        ("MISCONF Redis is configured to save RDB snapshots.", redis.ResponseError),
+    ],
+)
+def test_what_a_server_refuses_inside_a_script_is_known_however_it_is_worded(
+    said: str, kind: type[Exception]
+) -> None:
+    async def go(server: redis.Redis, url: str) -> None:
+        for worded in (said, IN_62 + said, said + IN_7):
+            async with line_at(url) as line:
+                with pytest.raises(kind) as refused:
+                    await line.call(["k"], ["error", worded])
+                assert (line._wire is None) == (kind is ReadOnlyError)
+            heard: list[BaseException] = [refused.value]
+            client = open_sync_client(url)
+            with pytest.raises(kind) as refused:
+                client.eval(ECHO, 0, "error", worded)
+            client.close()
+            for error in (*heard, refused.value):
+                assert isinstance(error, redis.ResponseError) and not may_be_poison(error)
+                assert words(error) != words(redis.ResponseError("ERR unknown"))
+
+    on_a_server(go)
+
+
+def test_what_a_script_met_in_its_keys_is_still_known_in_the_words_of_an_older_server() -> None:
+    async def go(server: redis.Redis, url: str) -> None:
+        async with line_at(url) as line:
+            for said in (
+                "WRONGTYPE Operation against a key holding the wrong kind of value",
+                "ERR value is no",
+            ):
+                with pytest.raises(redis.ResponseError) as refused:
+                    await line.call(["k"], ["error", IN_62 + said])
+                assert may_be_poison(refused.value)
+
+    on_a_server(go)
