@@ -1,7 +1,8 @@
 """Leases kept by a thread, so that user code which blocks the event loop keeps its slots and jobs.
 
-The thread renews a pump's lease when the pump itself has not been answered for 0.4 lease, and stops
-doing so when the loop has been stuck for longer than the stall limit: such a process counts as dead.
+The thread renews a pump's lease when the pump itself has not been answered for 0.4 lease, again each time that
+0.4 of it are over, and stops doing so when the loop has been stuck for longer than the stall limit: such a process
+counts as dead. A pump that holds nothing and was told to call later is silent, not stuck.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from limiter.sync import RENEW
 
 if TYPE_CHECKING:
     from limiter.process import Process
+    from limiter.pump import Pump
 
 log = logging.getLogger("pocketfleet.limiter")
 
 
 class Renewal:
-    """A daemon thread with a client of its own. `stop()` ends it."""
+    """A daemon thread with a client of its own. `stop()` ends it, as does the loop once it is closed."""
 
     def __init__(self, process: Process, client: Redis, lease_s: float, stall_limit_s: float) -> None:
         self._process = process
@@ -43,12 +45,20 @@ class Renewal:
         self._stopped.set()
 
     def _run(self) -> None:
-        while not self._stopped.wait(self._lease_s / 15):
+        while not self._stopped.wait(self._lease_s / 15) and not self._process.loop.is_closed():
             for pump in list(self._process.pumps.values()):
-                silent_s = monotonic() - pump.calls.spoke_at
-                if pump.calls.joined and 0.4 * self._lease_s < silent_s < self._stall_limit_s:
+                if self._is_due(pump, monotonic()):
                     self._renew(pump.name)
         self._client.close()
+
+    def _is_due(self, pump: Pump, now: float) -> bool:
+        """Whether the lease is to be renewed here, since the pump should have done it."""
+        silent_s = now - pump.calls.spoke_at
+        if not pump.calls.joined or not 0.4 * self._lease_s < silent_s < self._stall_limit_s:
+            return False
+        if not pump.held and now < pump.alarm.due:
+            return False
+        return pump.slots.lease_until - now < 0.6 * self._lease_s - pump.margin_s
 
     def _renew(self, limit: str) -> None:
         sent = monotonic()
