@@ -60,6 +60,7 @@ class Slots:
         self.lease_until = 0.0
         self._permits: set[Permit] = set()
         self._lease_watch: asyncio.TimerHandle | None = None
+        self._looks_at = 0.0  # when that comes, monotonic s
 
     # --- permits -----------------------------------------------------------------------------------
 
@@ -111,9 +112,15 @@ class Slots:
 
     def watch_lease(self) -> None:
         """Have whoever holds something told when the lease ends."""
-        if self._lease_watch is None and self.held:
-            delay = max(0.0, self.lease_until - monotonic())
-            self._lease_watch = asyncio.get_running_loop().call_later(delay, self._check_lease)
+        if not self.held:
+            return
+        if self._lease_watch is not None:
+            if self._looks_at <= self.lease_until:
+                return  # it looks again when it comes
+            self._lease_watch.cancel()  # the lease of the limit was made shorter
+        self._looks_at = self.lease_until
+        delay = max(0.0, self.lease_until - monotonic())
+        self._lease_watch = asyncio.get_running_loop().call_later(delay, self._check_lease)
 
     def _check_lease(self) -> None:
         self._lease_watch = None

@@ -27,6 +27,7 @@ from limiter.loops import of_loop
 from limiter.permit import acquire
 from limiter.process import Process
 from limiter.pump import Pump
+from limiter.slots import Slots
 from limiter.sync import Entry
 from limiter.together import acquire_together
 from tests import fleet, servers
@@ -422,6 +423,21 @@ def test_a_block_ends_when_the_server_is_silent_for_a_lease(server: redis.Redis,
         assert pump.held == 0 == in_use(server, "api")
 
     asyncio.run(main())
+
+
+def test_a_lease_that_is_made_shorter_meanwhile_is_watched_to_its_new_end() -> None:
+    async def go() -> None:
+        slots = Slots()
+        permit = slots.new_permit(None, 1, 0, 0.0)  # type: ignore[arg-type]
+        for seconds in (300.0, 0.02):
+            slots.lease_until = time.monotonic() + seconds
+            slots.watch_lease()
+        async with asyncio.timeout(20):
+            while not permit.lost:  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.01)
+        assert not slots.safe
+
+    asyncio.run(go())
 
 
 def test_a_block_that_is_cancelled_by_others_too_stays_cancelled(server: redis.Redis) -> None:
