@@ -35,6 +35,8 @@ LOOK_S = 2.5
 """How often a process with such waits looks; a circle must be seen twice."""
 MOST_GATES = 64
 """A look goes no further than about so many gates."""
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
+"""What a row or a state raises that was poisoned: it says nothing. Rows are forgotten, a state is mended by calls."""
 
 Gates = tuple[str, ...]
 Inside = dict[str, dict[str, set[int]]]
@@ -218,13 +220,17 @@ def _waiting_inside(held: str, wanted: Iterable[str], waits: dict[str, Inside]) 
 def _read(rows: dict[bytes, bytes], now_us: int) -> Inside:
     found = {}
     for process, text in rows.items():
-        row: dict[str, Any] = json.loads(text)
-        if row["until"] > now_us:
-            found[process.decode()] = {held: set(numbers) for held, numbers in row.get("inside", {}).items()}
+        with contextlib.suppress(*UNREADABLE):
+            row: dict[str, Any] = json.loads(text)
+            if row["until"] > now_us:
+                inside = {held: set(numbers) for held, numbers in row.get("inside", {}).items()}
+                found[process.decode()] = inside
     return found
 
 
 def _in_use(state: bytes | None) -> int:
     """Slots in use where the level is what refuses; else 0."""
-    gate = json.loads(state) if state else {"in_use": 0, "level": 1}
-    return int(gate["in_use"]) if gate["in_use"] >= int(gate["level"]) else 0
+    with contextlib.suppress(*UNREADABLE):
+        gate = json.loads(state) if state else {"in_use": 0, "level": 1}
+        return int(gate["in_use"]) if gate["in_use"] >= int(gate["level"]) else 0
+    return 0

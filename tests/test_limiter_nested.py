@@ -420,6 +420,22 @@ def test_of_runs_that_wait_round_three_gates_one_is_ended_and_told_all_three(
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    "poison", [b"text", b"[]", b"7", b"{}", b'{"until":"x"}', b'{"until":1e99,"inside":[]}', b"\xff"]
+)
+def test_a_row_or_a_state_that_cannot_be_read_says_nothing_in_a_look_for_circles(poison: bytes) -> None:
+    row = json.dumps({"until": 9, "inside": {"a": [1]}}).encode()
+    assert circle._read({b"p": poison, b"q": row, b"\xff": row}, 5) == {"q": {"a": {1}}}
+    assert circle._in_use(poison) == 0
+
+
+def test_a_state_with_numbers_that_are_none_says_nothing_in_a_look_for_circles() -> None:
+    for number in ("NaN", "Infinity", '"x"', "null"):
+        assert circle._in_use(f'{{"in_use":2,"level":{number}}}'.encode()) == 0
+    assert circle._in_use(b'{"in_use":Infinity,"level":1}') == 0
+    assert circle._in_use(b'{"in_use":2,"level":2.5}') == 2
+
+
 def test_a_wait_for_two_gates_at_once_counts_for_one_slot() -> None:
     """Of two slots of `a` one is held by what waits for `b` and `c` together, the other by what is at work."""
     waits = {"b": {"p": {"a": {1}}}, "c": {"p": {"a": {1}}}, "a": {"p": {"b": {2}, "c": {3}}}}
