@@ -159,11 +159,17 @@ class Limits:
         )
 
 
-def shown_values(argument: str) -> str:
-    """What `as_argument` wrote, for people.
+FINER = ("lease_s", "backoff_factor", "recovery_threshold", "recovery_factor", "additive", "even")
+"""Where `as_argument` has them: after the window."""
+
+
+def shown_values(argument: str, beside: str = "") -> str:
+    """What `as_argument` wrote, for people; of the finer values those that differ from `beside`.
 
     >>> shown_values(Limits("users", 5, 60, initial_concurrent=2, min_concurrent=1).as_argument())
     'max_concurrent=5, max_per_minute=60, min=1, initial=2'
+    >>> shown_values(Limits("users", 5).as_argument(), Limits("users", 5, lease_s=2).as_argument())
+    'max_concurrent=5, max_per_minute=none, lease_s=15'
     """
     words = argument.split()
     if len(words) < 10:
@@ -173,4 +179,7 @@ def shown_values(argument: str) -> str:
     values = [f"max_concurrent={words[0]}", f"{per}={words[3] if words[3] != '0' else 'none'}"]
     if words[1] != words[0] or words[2] != words[0]:
         values += [f"min={words[1]}", f"initial={words[2]}"]
+    for name, ours, theirs in zip(FINER, words[5:], beside.split()[5:], strict=False):
+        if ours != theirs:
+            values.append(f"{name}={int(ours) / 1e6:g}" if name == "lease_s" else f"{name}={ours}")
     return ", ".join(values)

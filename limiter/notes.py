@@ -25,10 +25,11 @@ class Notes:
             log.warning("gate.repaired limit=%s what=%s", self._limit, rest)
             return
         self._logged.add(note)
+        their_values = rest.replace(",", " ")
         log.warning(
             "limit.two_values limit=%s ours=(%s) theirs=(%s) in_force=%s",
             self._limit,
-            shown_values(our_values),
-            shown_values(rest.replace(",", " ")),
+            shown_values(our_values, their_values),
+            shown_values(their_values, our_values),
             "ours, we started later" if what == "older" else "theirs, they started later",
         )

@@ -5,6 +5,7 @@ The scripts run on every server with the time passed in; each call is judged by 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from gate_model import PARKED, T0, WEEK_MS, Fleet, Gate, Ledger, Pump, gate_on, 
 from servers import KINDS
 
 from limiter.limits import Limits
+from limiter.notes import Notes
 from limiter.sync import Answer, Call
 
 S = 1_000_000
@@ -355,3 +357,21 @@ def test_a_clock_that_goes_back_and_a_standstill_are_told_once(ledger: Ledger) -
 
 def test_forever_is_beyond_every_clock() -> None:
     assert PARKED > 2 * T0
+
+
+@pytest.mark.parametrize(
+    ("finer", "shown"),
+    [
+        ({"lease_s": 2.0}, ("lease_s=15", "lease_s=2")),
+        ({"window_s": 30.0}, ("max_per_minute=60", "starts in 30 s=60")),
+        ({"recovery_threshold": 3}, ("recovery_threshold=10", "recovery_threshold=3")),
+        ({"even": True}, ("even=0", "even=1")),
+    ],
+)
+def test_the_warning_about_two_values_names_what_differs(
+    finer: dict[str, Any], shown: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, theirs = Limits("L", 5, 60).as_argument(), Limits("L", 5, 60, **finer).as_argument()
+    Notes("L").hear("newer=" + theirs.replace(" ", ","), ours)
+    said = re.search(r"ours=\((.*)\) theirs=\((.*)\) in_force", caplog.messages[0])
+    assert said is not None and shown[0] in said[1] and shown[1] in said[2]
