@@ -85,7 +85,7 @@ class limit:  # noqa: N801 - reads as a verb: async with limit("openai", ...)
         LimitClosed: the event loop is ending, and has given everything back.
     """
 
-    __slots__ = ("names", "_inside", "_parts", "_timeout_s", "_values", "_values_for")
+    __slots__ = ("names", "_inside", "_parts", "_timeout_s", "_values")
 
     def __init__(
         self,
@@ -97,15 +97,15 @@ class limit:  # noqa: N801 - reads as a verb: async with limit("openai", ...)
     ) -> None:
         self._parts: Sequence[_Part]
         self.names: Sequence[str]
-        self._values: Sequence[Limits | str]
+        values: Sequence[Limits | str]
         if len(names) == 1 and isinstance(names[0], str):
             part = (names[0], max_concurrent, max_per_minute, pacing)
-            self._parts, self.names, self._values = _one(part)
+            self._parts, self.names, values = _one(part)
         else:
             self._parts = _parts(names, (max_concurrent, max_per_minute, pacing))
             self.names = tuple([part[0] for part in self._parts])
-            self._values = tuple([_limits(*part, DEFAULT_LEASE_S) for part in self._parts])
-        self._values_for = DEFAULT_LEASE_S
+            values = tuple([_limits(*part, DEFAULT_LEASE_S) for part in self._parts])
+        self._values = DEFAULT_LEASE_S, values  # for processes of that lease
         self._timeout_s = timeout_s
         self._inside: _Inside = {}
 
@@ -114,7 +114,7 @@ class limit:  # noqa: N801 - reads as a verb: async with limit("openai", ...)
         """The block of a limit whose values are known, with a lease of their own."""
         block = cls.__new__(cls)
         block.names, block._parts, block._timeout_s = (limits.name,), (), None
-        block._inside, block._values, block._values_for = {}, (limits,), limits.lease_s
+        block._inside, block._values = {}, (limits.lease_s, (limits,))
         return block
 
     # --- in asyncio code ---------------------------------------------------------------------------
@@ -205,10 +205,11 @@ class limit:  # noqa: N801 - reads as a verb: async with limit("openai", ...)
         return await self._admitted(process, pumps)
 
     def _values_of(self, process: Process) -> Sequence[Limits | str]:
-        if process.lease_s != self._values_for:
-            self._values_for = process.lease_s
-            self._values = tuple([_limits(*part, process.lease_s) for part in self._parts])
-        return self._values
+        lease_s, values = self._values
+        if process.lease_s != lease_s:
+            values = tuple([_limits(*part, process.lease_s) for part in self._parts])
+            self._values = process.lease_s, values
+        return values
 
     async def _admitted(self, process: Process, pumps: Sequence[Pump]) -> Sequence[Permit]:
         if len(pumps) == 1:

@@ -11,12 +11,14 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import redis
 
 from limiter import background, circle
+from limiter import limit as limit_module
 from limiter.current import current_process
 from limiter.errors import AdmissionTimeout, HeldAlready, LeaseLost, LimitsError, WaitCircle
 from limiter.keys import GateKeys
@@ -151,6 +153,24 @@ def test_generators_that_other_tasks_close_each_give_their_slot_back(server: red
         assert in_use(server, "api") == pump.held == 0
 
     asyncio.run(main())
+
+
+def test_one_object_gives_each_thread_the_values_for_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    api, made, inner = limit("api", max_concurrent=1), limit_module._limits, list[float]()
+
+    def lease_of(lease_s: float) -> float:
+        values: Any = api._values_of(SimpleNamespace(lease_s=lease_s))  # type: ignore[arg-type]
+        return float(values[0].lease_s)
+
+    def slow(*args: Any) -> Any:
+        if not inner:
+            inner.append(0.0)
+            inner[0] = lease_of(2.0)  # another thread asks in the middle
+        return made(*args)
+
+    monkeypatch.setattr(limit_module, "_limits", slow)
+    assert lease_of(2.0) == inner[0] == 2.0
+    assert [lease_of(each) for each in (15.0, 2.0, 15.0)] == [15.0, 2.0, 15.0]
 
 
 @pytest.mark.parametrize("other", [{"max_concurrent": 4}, {"max_concurrent": 3, "max_per_minute": 5}])
