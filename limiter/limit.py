@@ -12,7 +12,7 @@ from limiter import background
 from limiter.current import current_process
 from limiter.errors import LeaseLost, LimitsError
 from limiter.held import Holding, held_by, hold, is_inside, let_go, refuse_held
-from limiter.limits import Limits, checked_name, checked_pacing
+from limiter.limits import Limits, checked_name, checked_pacing, checked_timeout
 from limiter.loops import open_already
 from limiter.permit import Permit, acquire
 from limiter.process import Process
@@ -74,7 +74,8 @@ class limit:  # noqa: N801 - reads as a verb: async with limit("openai", ...)
         max_concurrent: slots of the whole fleet (None: no such limit).
         max_per_minute: starts in any 60 s (None: no such limit).
         pacing: "burst" (starts as fast as the minute allows) or "even" (spread over it).
-        timeout_s: give up after that many seconds of waiting (None: wait).
+        timeout_s: give up after that many seconds of waiting, more than 0 (None: wait). A free place takes a
+            round trip to Redis too.
 
     Raises:
         LimitsError: a name or number that cannot hold.
@@ -106,7 +107,7 @@ class limit:  # noqa: N801 - reads as a verb: async with limit("openai", ...)
             self.names = tuple([part[0] for part in self._parts])
             values = tuple([_limits(*part, DEFAULT_LEASE_S) for part in self._parts])
         self._values = DEFAULT_LEASE_S, values  # for processes of that lease
-        self._timeout_s = timeout_s
+        self._timeout_s = checked_timeout(timeout_s)
         self._inside: _Inside = {}
 
     @classmethod

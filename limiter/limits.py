@@ -53,6 +53,18 @@ def checked_float(value: object, key: str, low: float, high: float) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
+def checked_timeout(value: object, key: str = "timeout_s") -> float | None:
+    """Seconds above 0, or None where that means "wait"."""
+    if value is None:
+        return None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not value > 0:  # type: ignore[operator]
+        raise LimitsError(
+            f"{key}={value!r} cannot hold: use a number of seconds above 0 (None waits)", key=key, value=value
+        )
+    return float(value)  # type: ignore[arg-type]
+
+
 def checked_pacing(value: object, per_minute: object, key: str = "max_per_minute") -> bool:
     """Whether starts are spread evenly. `key` is how the user types the number of starts.
 

@@ -385,6 +385,14 @@ def test_a_caller_that_is_not_admitted_in_time_is_told_why(server: redis.Redis) 
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), True, "5"])
+def test_a_timeout_that_cannot_hold_is_refused_in_a_sentence(timeout_s: Any) -> None:
+    with pytest.raises(LimitsError) as refused:
+        limit("api", max_concurrent=1, timeout_s=timeout_s)
+    sentence = f"timeout_s={timeout_s!r} cannot hold: use a number of seconds above 0 (None waits)"
+    assert (str(refused.value), refused.value.key) == (sentence, "timeout_s")
+
+
 def test_a_name_without_numbers_uses_those_of_its_gate_or_says_what_is_missing(server: redis.Redis) -> None:
     async def main() -> None:
         with pytest.raises(LimitsError, match="limit 'api' has no values yet"):
