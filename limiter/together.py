@@ -118,9 +118,10 @@ class Joint:
                 pump.calls.unheard(call)
             self._say_why(error)
             return
+        answers = [read_answer(reply) for reply in replies]  # all, before anything is taken over
         permits = [
-            pump.calls.hear(call, read_answer(reply), sent_at, sent)
-            for pump, call, reply in zip(self.pumps, calls, replies, strict=True)
+            pump.calls.hear(call, answer, sent_at, sent)
+            for pump, call, answer in zip(self.pumps, calls, answers, strict=True)
         ]
         self._hand_out(permits)
 

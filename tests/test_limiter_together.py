@@ -18,6 +18,7 @@ from limiter.errors import AdmissionTimeout, LeaseLost, LimitsError
 from limiter.keys import GateKeys
 from limiter.limit import limit
 from limiter.limits import Limits
+from limiter.line import Line
 from limiter.permit import Permit, acquire
 from limiter.process import Process, open_process
 from limiter.together import acquire_together
@@ -367,3 +368,30 @@ def test_permit_of_the_first_name_is_what_the_block_gives(server: redis.Redis) -
             assert isinstance(permit, Permit) and permit.limit == "a" and permit.attempt > 0
 
     asyncio.run(main())
+
+
+def test_an_answer_of_one_gate_that_cannot_be_read_leaks_no_slot_of_the_other(
+    server: redis.Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("limiter.pump.FAULT_S", 0.01)
+    spoiled: list[Any] = []
+
+    def spoil(self: Any, reply: Any, hear: Any = Line.hear) -> None:
+        together = isinstance(reply, list) and len(reply) == 2 and isinstance(reply[0], list)
+        if together and not spoiled:
+            spoiled.append(reply)
+            reply = [reply[0], [b"no answer"]]
+        hear(self, reply)
+
+    monkeypatch.setattr(Line, "hear", spoil)
+
+    async def main() -> None:
+        async with limit(limit("a", max_concurrent=2), limit("b", max_concurrent=2)):
+            assert in_use(server) == (1, 1)
+        for pump in (await pump_of("a"), await pump_of("b")):
+            await heard(pump)
+            assert pump.held == 0
+        assert in_use(server) == (0, 0)
+
+    asyncio.run(main())
+    assert spoiled and [each.message.split()[0] for each in caplog.records] == ["pump.fault"]
