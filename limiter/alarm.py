@@ -41,6 +41,8 @@ class Alarm:
     def expect(self, due: float) -> None:
         """The answer says when it is due, unless a hint that came meanwhile says earlier."""
         self.due = min(due, self._hint)
+        if self._sleeping is not None:  # a call for several gates, made by another pump
+            self._set_timer()
 
     async def sleep(self, *, for_ever: bool) -> None:
         """Until rung or due; `for_ever`: until rung."""

@@ -395,3 +395,25 @@ def test_an_answer_of_one_gate_that_cannot_be_read_leaks_no_slot_of_the_other(
 
     asyncio.run(main())
     assert spoiled and [each.message.split()[0] for each in caplog.records] == ["pump.fault"]
+
+
+def test_a_gate_that_was_left_is_called_again_in_time_while_a_block_of_two_names_holds_it(
+    server: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POCKETFLEET_LEASE_S", "3")
+    monkeypatch.setattr("limiter.pump.IDLE_S", 0.02)
+
+    async def main() -> None:
+        async with limit("b", max_concurrent=1):
+            pass
+        pump = await pump_of("b")
+        async with asyncio.timeout(20):
+            while pump._line._wire is not None:  # noqa: ASYNC110 - nothing tells that it sleeps for ever
+                await asyncio.sleep(0.01)
+            await steps(20)
+            async with limit(limit("a", max_concurrent=1), limit("b", max_concurrent=1)):
+                before = pump.calls._seq
+                while pump.calls._seq == before:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+
+    asyncio.run(main())
