@@ -108,10 +108,10 @@ class Calls:
             return
         if not self.joined:
             return
-        self._last_grant = grant.attempt
-        if not self._slots.safe:
+        if not self._slots.safe:  # not taken over: its start and its turn come back with the next call
             self._pump.kick()
             return
+        self._last_grant = grant.attempt
         # the gate's clock ran from its answer to the grant, and no answer is older than its call
         granted_at = min(monotonic(), self._answered_sent + (grant.now - self._answered_now) / 1e6)
         self._remember_start(grant.stamp)

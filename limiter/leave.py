@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from redis.exceptions import RedisError
 
+from limiter.errors import LimitClosed
 from limiter.line import Line
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ async def leave(pump: Pump, line: Line, keys: Sequence[str]) -> None:
     """Give everything back in one last call, also while the loop is being cancelled."""
     pump.slots.stop_watching()
     for waiter in pump.waiters:
-        waiter.cancel()
+        if not waiter.done():
+            waiter.set_exception(LimitClosed(pump.name))
     for contact in pump.calls.contacts:
         contact.cancel()
     alone = False

@@ -174,7 +174,8 @@ class Joint:
         if self._timer is not None:
             self._timer.cancel()
         for waiter in self._waiters:
-            waiter.cancel()
+            if not waiter.done():
+                waiter.set_exception(LimitClosed(self.pumps[0].name))
         await self.disconnect()
 
     async def disconnect(self) -> None:

@@ -112,6 +112,8 @@ class Follower:
 
     def _take(self, found: list[Ended]) -> list[Ended]:
         if self._journal is not None:
+            if self._read_again:  # of before: what has no number of its retry may be of an earlier one
+                found = [each for each in found if each.retry >= 0 or not self._journal.retry(each.index)]
             fresh = self._journal.take(found)
             gone = {each.index for each in fresh}.intersection(self.lost)
             if gone:

@@ -38,6 +38,12 @@ class Retry:
     before: str
 
 
+def _place(position: str) -> tuple[int, int]:
+    """Where an entry stands in its stream, as a value that can be compared."""
+    ms, _, number = position.partition("-")
+    return int(ms), int(number or 0)
+
+
 class Journal:
     """What is known of a batch's items, one byte each in memory. Only the holder of the lock writes.
 
@@ -219,7 +225,8 @@ class Journal:
         elif record.index < len(self._statuses):
             if record.kind == _OUTCOME:
                 self._statuses[record.index] = _CODES[record.status]
-                self.position = record.position
+                # a stream that is read again from its start brings older ones
+                self.position = max(self.position, record.position, key=_place)
             else:
                 self._statuses[record.index] = 0
                 self._retries[record.index] = record.retry

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from queue import Empty, Queue
 from typing import Any
 
-AHEAD = 500
-"""So many items are read before anybody asks for them."""
+AHEAD = 50
+"""So many items are read before anybody asks for them; each may be large."""
 
 
 async def read_beside(items: Iterator[Any]) -> AsyncIterator[Any]:

@@ -13,7 +13,7 @@ from producer.batch_lock import InOtherHands
 from producer.batch_views import status_of_known
 from producer.facts import read_facts
 from producer.follow import Ended, read
-from producer.follower import Follower
+from producer.follower import Follower, catch_up
 from producer.journal import Journal
 from producer.known import Known, known_batch
 from producer.lines import LineFile, check_output, record_of
@@ -41,6 +41,8 @@ async def wait_for(settings: ProducerSettings, batch: str, output: Path | None) 
                 except InOtherHands:
                     if output is not None:
                         raise
+            if journal is not None:
+                await catch_up(known.client, known.limit, batch, journal)
             lines = None
             if output is not None and journal is not None:
                 lines = stack.enter_context(contextlib.closing(LineFile(output, known.own_spool, journal)))
@@ -75,6 +77,8 @@ async def _follow(known: Known, journal: Journal | None, lines: LineFile | None)
                     progress.count(each.status == COMPLETED)
             if lines is not None:
                 lines.catch_up()
+        if lines is not None:
+            lines.catch_up()  # what was known before there was news
     finally:
         await reader.aclose()
         await progress.stop()

@@ -159,6 +159,28 @@ def test_the_same_grant_heard_twice_counts_once(play: Callable[[Story], None]) -
     play(story)
 
 
+def test_a_grant_that_no_lease_covers_is_not_taken_over(play: Callable[[Story], None]) -> None:
+    async def story(a: Process, b: Process, judge: Redis) -> None:
+        mine, theirs = a.pump(ONE), b.pump(ONE)
+        held = await acquire(mine)
+        waiting = await in_line(theirs)
+        theirs.slots.lease_until = 0.0
+        theirs.kick = lambda: None  # type: ignore[method-assign]
+        seq, before = theirs.calls._seq, theirs.calls._last_grant
+        heard: list[Grant] = []
+        take = theirs.granted
+        theirs.granted = lambda grant: (heard.append(grant), take(grant))  # type: ignore[method-assign, assign, func-returns-value]
+        held.release()
+        await until(lambda: bool(heard))
+        assert theirs.calls._seq == seq and theirs.calls._last_grant == before
+        del theirs.kick  # type: ignore[method-assign]
+        theirs.kick()
+        await until(waiting.done)
+        assert await in_use(judge) == theirs.held == 1
+
+    play(story)
+
+
 def test_a_grant_heard_too_late_gives_its_start_back(play: Callable[[Story], None]) -> None:
     """Its stamp in the window says by when it may start: later, somebody else may have that place."""
 

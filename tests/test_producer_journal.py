@@ -88,6 +88,15 @@ def test_an_outcome_without_data_is_of_the_retry_that_was_asked_for(tmp_path: Pa
         assert lost.outcome.failure.message == "its params were gone from Redis"
 
 
+def test_an_older_outcome_moves_no_position_back(tmp_path: Path) -> None:
+    with Journal(tmp_path, "b", 3) as journal:
+        journal.begin("e")
+        journal.take([ended(0, place=9), ended(1, place=10)])
+        assert [each.index for each in journal.take([ended(2, place=2)])] == [2]
+        assert journal.position == "17-10"
+    assert Journal(tmp_path, "b", 3, write=False).position == "17-10"
+
+
 def test_another_epoch_reads_the_stream_from_its_start(tmp_path: Path) -> None:
     spool = spool_in(tmp_path)
     with Journal(spool.home, "b", COUNT) as journal:

@@ -174,6 +174,8 @@ def test_a_job_that_arrives_after_the_stop_goes_back_without_a_start(url: str, t
             crew.room = room  # type: ignore[method-assign]
             await enqueue_one(slow, tmp_path)
             await worker.stopped.wait()
+            for _ in range(2):  # the answer to the call in flight, and to the next, which gives the job back
+                await crew.pump.contact()
 
             assert not slow.begun.is_set()
             assert await slow.zcard(KEYS.queue(NAME)) == 1

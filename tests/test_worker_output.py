@@ -88,3 +88,14 @@ def test_a_run_that_is_over_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatc
 
     assert out.getvalue() == "[b:0] ..\n[b:1] ..\n[b:2] ..\n"
     assert stream._begun == {}
+
+
+def test_a_run_ends_though_another_thread_has_just_put_out_what_it_had_begun() -> None:
+    class Stale(dict[str, tuple[str, bool]]):
+        def __contains__(self, key: object) -> bool:
+            return True  # as it was at the look
+
+    prefix = output.ItemPrefix(io.StringIO())
+    prefix._begun = Stale()
+    prefix.end("b:2")
+    assert not prefix._begun

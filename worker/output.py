@@ -64,9 +64,11 @@ class ItemPrefix:
 
     def end(self, tag: str) -> None:
         """The run is over: put out what it has not ended with a newline, as a line of its own."""
-        if tag in self._begun:
-            with self._turn:
-                held, begun = self._begun.pop(tag)
+        if tag not in self._begun:  # most runs; looked at again below, since other threads put out too
+            return
+        with self._turn:
+            held, begun = self._begun.pop(tag, ("", False))
+            if held or begun:
                 self._put(("" if begun else self._mark(tag)) + plain(held) + "\n")
                 self._put_out()
 

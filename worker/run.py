@@ -143,8 +143,10 @@ class Run:
             log.exception("run.fault job=%s", self.claimed.id)
             settle(self, FAILED, encode_outcome(Outcome(FAILED, failure=failure_of(error, self.node))))
         finally:
-            end_lines()
-            self.crew.ended(self)
+            try:
+                end_lines()
+            finally:
+                self.crew.ended(self)
 
     async def _base(self) -> bytes:
         """The batch's base, before the start is checked: its first runs wait for Redis and could be late."""
