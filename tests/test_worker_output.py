@@ -91,11 +91,10 @@ def test_a_run_that_is_over_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_run_ends_though_another_thread_has_just_put_out_what_it_had_begun() -> None:
-    class Stale(dict[str, tuple[str, bool]]):
-        def __contains__(self, key: object) -> bool:
-            return True  # as it was at the look
-
-    prefix = output.ItemPrefix(io.StringIO())
-    prefix._begun = Stale()
+    stream = io.StringIO()
+    prefix = output.ItemPrefix(stream)
+    contextvars.copy_context().run(lambda: (output.item.set("b:2"), prefix.write("50%")))
+    assert prefix.has_begun("b:2")
+    prefix.flush()
     prefix.end("b:2")
-    assert not prefix._begun
+    assert stream.getvalue() == "[b:2] 50%" and not prefix.has_begun("b:2")

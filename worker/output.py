@@ -62,10 +62,12 @@ class ItemPrefix:
                     self._begun[each] = "", True
             self._put_out()
 
+    def has_begun(self, tag: str) -> bool:
+        """Whether the run has not ended its last line with a newline. Another thread may put it out meanwhile."""
+        return tag in self._begun
+
     def end(self, tag: str) -> None:
         """The run is over: put out what it has not ended with a newline, as a line of its own."""
-        if tag not in self._begun:  # most runs; looked at again below, since other threads put out too
-            return
         with self._turn:
             held, begun = self._begun.pop(tag, ("", False))
             if held or begun:
@@ -93,9 +95,11 @@ _prefixed: list[ItemPrefix] = []
 
 def end_lines() -> None:
     """The run that calls is over: what it has not ended with a newline goes out."""
+    tag = item.get()
     for stream in _prefixed:
-        with contextlib.suppress(OSError, ValueError):  # a full disk, a closed stream
-            stream.end(item.get())
+        if stream.has_begun(tag):
+            with contextlib.suppress(OSError, ValueError):  # a full disk, a closed stream
+                stream.end(tag)
 
 
 class _OneLine(logging.Formatter):
