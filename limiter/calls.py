@@ -132,7 +132,7 @@ class Calls:
         return call
 
     def _say_again(self) -> None:
-        """Cancelled or failed in the middle of a call: whether it was heard is unknown, and entries may come twice."""
+        """Cancelled or failed in the middle of a call: whether it was heard is unknown; entries may come twice."""
         if self._in_flight is not None:
             self._news.add_first(self._in_flight.entries)
             self._in_flight = None

@@ -72,7 +72,8 @@ class Batch:
     """A batch that was enqueued; workers run it whether anybody follows it or not.
 
     `async for outcome in batch` gives each item's outcome once, those of before first, and ends with the
-    batch; an item that is retried meanwhile gives another one. May be done again. A loop that is cancelled leaves the batch running and says its id.
+    batch; an item that is retried meanwhile gives another one. May be done again. A loop that is cancelled
+    leaves the batch running and says its id.
 
     Attributes:
         id: names it to every command and to `run_on_fleet(batch=...)`.

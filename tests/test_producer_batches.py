@@ -505,3 +505,17 @@ def test_a_batch_that_is_not_over_is_not_pruned(place: Site) -> None:
     assert "batch 'b' is not over: 3 items wait or run; end it first: pocketfleet batch cancel b" in told(
         place.pocketfleet("batch", "prune", "b"), 2
     )
+
+
+def test_waiting_on_one_host_waits_for_what_another_one_retries(place: Site) -> None:
+    one, other = ({"POCKETFLEET_DATA_DIR": str(place.directory / name)} for name in ("one", "other"))
+    (place.directory / "broken").touch()
+    words = ["run", "users:flow", "--workers", "1", "--set", ids(6), "--batch", "b"]
+    for host in (one, other):
+        told(place.pocketfleet(*words, **host), 1)
+    (place.directory / "broken").unlink()
+    assert "2 items enqueued again" in told(place.pocketfleet("batch", "retry", "b", "--failed", **other))
+    worker = place.pocketfleet("worker", "users:flow")
+    assert "6 of 6 done: 6 completed" in told(place.pocketfleet("batch", "wait", "b", **one))
+    assert place.ledger.count("end") == 6
+    worker.end()
