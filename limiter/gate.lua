@@ -126,15 +126,26 @@ end
 
 local function zero() return 0 end
 
+-- Whether every value is a number that a state may hold; an error where one is no number at all.
+local function is_sound(state)
+  for _, value in pairs(state) do
+    if value - value ~= 0 or value < 0 then return false end
+  end
+  return true
+end
+
 -- A number that is missing reads as 0. So does a poisoned one (no number, infinite, negative), and each of
 -- what is no state at all; these are named in `poisoned`, see heal.lua.
 local function read_state(text)
   local state, poisoned = text and cjson.decode(text) or {}, nil
   if text and not state.gen then error('no state') end
-  for name, value in pairs(state) do
-    if not (type(value) == 'number' and value >= 0 and value < math.huge) then
-      state[name] = nil
-      poisoned = (poisoned and poisoned .. ',' or '') .. name
+  local read, sound = pcall(is_sound, state)
+  if not (read and sound) then
+    for name, value in pairs(state) do
+      if not (type(value) == 'number' and value >= 0 and value < math.huge) then
+        state[name] = nil
+        poisoned = (poisoned and poisoned .. ',' or '') .. name
+      end
     end
   end
   return setmetatable(state, { __index = zero }), poisoned
