@@ -128,8 +128,10 @@ def test_worker_gets_more_time_to_stop_than_it_takes_to_drain(compose: dict[str,
 
 
 def test_commands_are_those_of_the_readme(compose: dict[str, Any]) -> None:
-    assert compose["services"]["worker"]["command"] == "worker ${POCKETFLEET_FLOWS:-users:flow}"
-    assert compose["services"]["producer"]["command"].startswith("enqueue ")
+    worker, producer = (compose["services"][name] for name in OURS)
+    assert worker["command"] == "worker"
+    assert worker["environment"]["POCKETFLEET_FLOWS"] == "${POCKETFLEET_FLOWS:-users:flow}"
+    assert producer["command"] == ["enqueue", "users:flow", "--set", "user_ids=[1,2,3]"]
 
 
 def test_users_folder_is_mounted_read_only_where_the_command_runs(compose: dict[str, Any]) -> None:
