@@ -143,14 +143,13 @@ def plan_for(
     542.0
     """
     window_s = _window_time(items, limits)
-    slots_s = None if run_s is None else math.ceil(items / limits.max_concurrent) * run_s
-    lasts_s, binds = window_s, "window"
-    if slots_s is not None and (window_s is None or slots_s >= window_s + run_s):  # type: ignore[operator]
-        lasts_s, binds = slots_s, "concurrency"
-    elif window_s is None:
-        binds = "concurrency"
-    elif run_s is not None:
-        lasts_s = window_s + run_s
+    lasts_s, binds = (window_s, "window") if window_s else (None, "concurrency")
+    if run_s is not None:
+        lasts_s = math.ceil(items / limits.max_concurrent) * run_s
+        if window_s is not None and window_s + run_s > lasts_s:
+            lasts_s, binds = window_s + run_s, "window"
+        else:
+            binds = "concurrency"
     enough = None
     if limits.max_per_window and run_s is not None:
         enough = max(1, math.ceil(limits.max_per_window / limits.window_s * run_s))

@@ -49,6 +49,13 @@ def test_the_slower_of_both_limits_binds(
         assert "nothing to do" in found.line()
 
 
+def test_a_batch_that_the_minute_does_not_hold_back_takes_as_long_as_its_runs() -> None:
+    plan = plan_for(3, 300, Limits("users", 5, 600), None)
+
+    assert (plan.lasts_s, plan.binds) == (None, "concurrency")
+    assert plan.line().startswith("plan: as long as one run takes, which plan --seconds can say, 5 at a time")
+
+
 def test_the_concurrency_that_would_suffice_is_named() -> None:
     sentences = plan(600, 1, 60, 2.0).sentences()
     assert (
