@@ -17,6 +17,9 @@ from limiter.control import FOREVER_US, Override, read_override
 from limiter.keys import GateKeys
 from limiter.limits import NAME
 
+MOST_GONE = 64
+"""So many dead processes are looked at; whoever calls the gate next reaps as many."""
+
 
 @dataclass(frozen=True)
 class OverrideView:
@@ -113,13 +116,17 @@ async def read_gate(client: Redis, name: str) -> GateView | None:
         pipe.time()
         pipe.smembers(keys.flows)
         pipe.zcard(keys.leases)
+        pipe.zrange(keys.leases, 0, MOST_GONE - 1, withscores=True)
         pipe.get(keys.override)
         pipe.hget(keys.gate, "override")
-        text, (seconds, micros), flows, living, kept, said = await pipe.execute(raise_on_error=False)
+        text, (seconds, micros), flows, known, leases, kept, said = await pipe.execute(raise_on_error=False)
     alive = isinstance(text, bytes)
     state = read_state(text)
-    flows, living = ([], 0) if isinstance(flows, Exception) else (flows, living)
+    flows = [] if isinstance(flows, Exception) else flows
+    known, leases = (0, []) if isinstance(known, Exception) else (known, leases)
     now = max(seconds * 1e6 + micros, state["last"])
+    gone = [process for process, ends in leases if ends < now]
+    living = known - len(gone)
     word = said if alive else kept
     override = read_override(word.decode()) if isinstance(word, bytes) else Override()
     if not alive and not (override.set_at or override.paused_until):
@@ -143,7 +150,7 @@ async def read_gate(client: Redis, name: str) -> GateView | None:
         window_s=state["window"] / 1e6,
         lease_s=state["lease"] / 1e6,
         level=min(state["level"], state["max"]) if state["ceiling"] else state["level"],
-        in_use=int(state["in_use"]),
+        in_use=max(0, int(state["in_use"]) - await _still_held(client, keys, gone)),
         used=len(freed),
         waiting_processes=int(state["waiting"]),
         processes=living,
@@ -200,6 +207,15 @@ def _number(value: Any) -> float:
     except (ValueError, TypeError):
         return 0.0
     return number if math.isfinite(number) and number >= 0 else 0.0
+
+
+async def _still_held(client: Redis, keys: GateKeys, gone: list[bytes]) -> int:
+    """Slots of processes whose lease has ended, which the next caller gets back."""
+    if not gone:
+        return 0
+    records: Any = await client.hmget(keys.gate, [b"p:" + process for process in gone])  # type: ignore[misc]
+    words = ((record or b"").split(b" ") for record in records)
+    return sum(int(each[1]) for each in words if len(each) > 1 and each[1].isdigit())
 
 
 async def _window(client: Redis, keys: GateKeys, state: dict[str, float], now: float) -> list[float]:
