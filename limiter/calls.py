@@ -90,8 +90,9 @@ class Calls:
         return together
 
     def unheard(self, call: Call) -> None:
-        """The gate noted nothing of it: what happened is said again in the next one."""
+        """The gate noted nothing of it: what happened is said again in the next one, under its number."""
         self._in_flight = None
+        self._seq -= 1
         self._news.put_back(call)
         if self._slots.crew is not None:
             self._slots.crew.unheard()

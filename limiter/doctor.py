@@ -20,7 +20,7 @@ UNCHANGED_S = 600.0
 """A process that holds the same slots for that long without a start or an end is worth a look."""
 ADMISSIONS_A_S = 100_000.0
 """More cannot be: the counter was set anew (a new gate, a repair)."""
-ODD = ("stall", "clock", "repaired", "values", "cold", "reaped")
+ODD = ("stall", "clock", "repaired", "values", "cold", "behind", "reaped")
 
 
 @dataclass(frozen=True)

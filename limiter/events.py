@@ -62,6 +62,7 @@ _PHRASES = {
     "reset": "level reset {before} -> {after}: {why} ({who})",
     "reaped": "holder {who} is gone with {before} slots: {why}",
     "cold": "admissions held for {after} s: {why}",
+    "behind": "the gate was set back to an older state: it knew call {after} of {who} and not call {before}",
     "values": "two values: {before} and {after}; {why} ({who})",
     "stall": "no call for {after} s: Redis stood still or its clock jumped; leases were extended",
     "clock": "Redis' clock {why}, from {before} to {after}",

@@ -1,6 +1,7 @@
 -- gate: what every script of a limit shares. The loader puts this file in front of each of them.
 --
--- KEYS[1]  gate      hash    'state', see below; 'p:<process>' its record; 'a:<process>' its last answer
+-- KEYS[1]  gate      hash    'state', see below; 'p:<process>' its record; 'a:<process>' its last answer;
+--                            'p:<process>~<number>' what it left behind when the gate was set back, for a lease
 -- KEYS[2]  leases    zset    process -> end of its lease, us
 -- KEYS[3]  starts    list    latest moments at which the runs of the window may start, us, oldest first
 -- KEYS[4]  tickets   zset    process that waits for the gate -> ticket

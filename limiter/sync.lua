@@ -2,7 +2,8 @@
 -- to ask again. Acquire, release, renew, feedback, claim and finish are this one decision.
 --
 -- KEYS      as in gate.lua
--- ARGV[3]   seq        number of this call; the same number gets the same answer, a lower one '-1'
+-- ARGV[3]   seq        number of this call; the same number gets the same answer, a lower one '-1'; one that is
+--                      not the next: the gate was set back to an older state, see `leave_behind`
 -- ARGV[4]   held       slots this process holds now, absolute: permits and running jobs
 -- ARGV[5]   permits    permits it has waiters for
 -- ARGV[6]   jobs       jobs it has room for
@@ -35,7 +36,8 @@
 --   together stands',
 --   and then, only if there is one, a note: !newer=<limits> or !older=<limits> (another living process
 --   brought these; the newer are in force) or !repaired=<fields> (they were poisoned); ',' for ' '
---   status 0 = ok, 1 = you were unknown: nothing admitted, send your claims again with 'keep'
+--   status 0 = ok, 1 = you were unknown, or the gate was set back: nothing admitted, send your claims again
+--   with 'keep'
 --   together, stands: see together.lua; 0 in a call to this gate alone
 --   reason '-' | level | window | pacing | pause | cold | turn | jobs     why less than wanted was given
 -- A refusal burns no start and takes no slot; it may take a ticket.

@@ -222,16 +222,16 @@ def test_a_level_that_nobody_used_for_five_minutes_begins_anew(
 ) -> None:
     says(ledger, 0, ask("A", 1, ADAPTIVE, permits=1))
     says(ledger, 1, ask("A", 2, ADAPTIVE, refused=T0 + 1))
-    for after in range(5, idle_s, 5):
-        assert says(ledger, after * S, ask("A", 2 + after, ADAPTIVE)).level == 2
-    assert says(ledger, idle_s * S, ask("A", 2 + idle_s, ADAPTIVE)).level == level
+    for seq, after in enumerate(range(5, idle_s, 5), 3):
+        assert says(ledger, after * S, ask("A", seq, ADAPTIVE)).level == 2
+    assert says(ledger, idle_s * S, ask("A", seq + 1, ADAPTIVE)).level == level
 
 
 def test_a_level_in_use_by_one_long_run_is_no_idle_level(ledger: Ledger) -> None:
     says(ledger, 0, ask("A", 1, ADAPTIVE, permits=2))
     says(ledger, 1, ask("A", 2, ADAPTIVE, refused=T0 + 1, held=1))
-    for after in range(5, 600, 5):
-        assert says(ledger, after * S, ask("A", 2 + after, ADAPTIVE, held=1)).level == 2
+    for seq, after in enumerate(range(5, 600, 5), 3):
+        assert says(ledger, after * S, ask("A", seq, ADAPTIVE, held=1)).level == 2
 
 
 # a fleet ---------------------------------------------------------------------------------------
@@ -266,9 +266,9 @@ def test_the_trail_tells_what_happened(ledger: Ledger) -> None:
     orders(ledger, 6, "resume")
     orders(ledger, 7, "reset")
     says(ledger, 5 * S, ask("B", 1, ADAPTIVE))
-    for after in (10, 15):
-        says(ledger, after * S, ask("B", after, ADAPTIVE))
-    says(ledger, 15 * S + 2, ask("B", 16, ADAPTIVE))
+    for seq, after in ((2, 10), (3, 15)):
+        says(ledger, after * S, ask("B", seq, ADAPTIVE))
+    says(ledger, 15 * S + 2, ask("B", 4, ADAPTIVE))
     assert ledger.gate.events() == [
         ("pause", "0", "2"),
         ("cut", "4", "2"),

@@ -473,29 +473,29 @@ def test_slots_and_jobs_of_the_dead_come_back_together_one_death_older(ledger: L
     put(ledger, 0, 3)
     says(ledger, 0, jobs("A", 1, 2))
     assert says(ledger, 1, jobs("B", 1, 1)).jobs == []
-    for after in (5, 10):
-        assert says(ledger, after * S, jobs("B", after, 1)).in_use == 2
-    answer = says(ledger, LEASE + 1, jobs("B", 11, 2))
+    for seq, after in ((2, 5), (3, 10)):
+        assert says(ledger, after * S, jobs("B", seq, 1)).in_use == 2
+    answer = says(ledger, LEASE + 1, jobs("B", 4, 2))
     assert [(job.id, job.deaths) for job in answer.jobs] == [(job_id("L", "b", i), 1) for i in (0, 1)]
 
 
 def test_a_finish_by_an_attempt_that_is_not_its_own_is_refused_and_named(ledger: Ledger) -> None:
     put(ledger, 0, 1)
     says(ledger, 0, jobs("A", 1, 1))
-    for after in (1, 5, 10):
-        says(ledger, after * S, jobs("B", after, 1))
-    says(ledger, LEASE + 1, jobs("B", 11, 1))
+    for seq, after in enumerate((1, 5, 10), 1):
+        says(ledger, after * S, jobs("B", seq, 1))
+    says(ledger, LEASE + 1, jobs("B", 4, 1))
     late = says(ledger, LEASE + 2, ask("A", 2, flows=("f",), entries=[ended(0, 1)]))
     assert late.refused == [job_id("L", "b", 0)]
-    own = says(ledger, LEASE + 3, ask("B", 12, flows=("f",), entries=[ended(0, 2)]))
+    own = says(ledger, LEASE + 3, ask("B", 5, flows=("f",), entries=[ended(0, 2)]))
     assert own.refused == [] and len(ledger.batches["b"].outcomes) == 1
 
 
 def test_a_run_taken_back_but_not_taken_up_may_still_be_finished(ledger: Ledger) -> None:
     put(ledger, 0, 1)
     says(ledger, 0, jobs("A", 1, 1))
-    for after in (1, 5, 10, 16):
-        says(ledger, after * S, ask("B", after, flows=("f",)))
+    for seq, after in enumerate((1, 5, 10, 16), 1):
+        says(ledger, after * S, ask("B", seq, flows=("f",)))
     assert ledger.items[job_id("L", "b", 0)].state == "waiting"
     assert says(ledger, 17 * S, ask("A", 2, flows=("f",), entries=[ended(0, 1)])).refused == []
     assert ledger.items == {} and len(ledger.batches["b"].outcomes) == 1
@@ -504,9 +504,9 @@ def test_a_run_taken_back_but_not_taken_up_may_still_be_finished(ledger: Ledger)
 def test_an_unknown_process_keeps_what_nobody_took_up(ledger: Ledger) -> None:
     put(ledger, 0, 2)
     says(ledger, 0, jobs("A", 1, 2))
-    for after in (1, 5, 10):
-        says(ledger, after * S, jobs("B", after, 1))
-    assert taken(says(ledger, LEASE + 1, jobs("B", 11, 1))) == [0]
+    for seq, after in enumerate((1, 5, 10), 1):
+        says(ledger, after * S, jobs("B", seq, 1))
+    assert taken(says(ledger, LEASE + 1, jobs("B", 4, 1))) == [0]
     assert says(ledger, LEASE + 2, jobs("A", 2, 5, held=2)).status == 1
     kept = [ended(0, 1, "keep", ""), ended(1, 2, "keep", "")]
     answer = says(ledger, LEASE + 3, ask("A", 3, held=2, flows=("f",), entries=kept))
@@ -575,9 +575,9 @@ def test_after_a_data_loss_claims_are_adopted_and_count(ledger: Ledger) -> None:
     put(ledger, S + 2, 4)
     ledger.compare()
     says(ledger, S + 3, jobs("A", 4, 2, held=1, birth=lost.birth, entries=[ended(0, 1)]))
-    for after in (6, 11, 15):
-        assert says(ledger, after * S, jobs("A", after, 2, held=1, birth=lost.birth)).reason == "cold"
-    answer = says(ledger, 16 * S, jobs("A", 16, 2, held=1, birth=lost.birth))
+    for seq, after in enumerate((6, 11, 15), 5):
+        assert says(ledger, after * S, jobs("A", seq, 2, held=1, birth=lost.birth)).reason == "cold"
+    answer = says(ledger, 16 * S, jobs("A", 8, 2, held=1, birth=lost.birth))
     assert taken(answer) == [2] and answer.jobs[0].attempt > T0 + S
 
 

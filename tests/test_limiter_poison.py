@@ -149,9 +149,9 @@ def test_a_process_whose_record_is_poisoned_says_again_what_it_holds(gate: Gate)
 def test_jobs_of_a_dead_process_with_a_poisoned_record_come_back(gate: Gate) -> None:
     busy(gate)
     gate.client.hset(gate.keys.gate, "p:A", "nonsense")
-    for after in (5, 10, 15):
-        call(gate, after * S, "B", 2 + after, held=1)
-    answer = call(gate, 16 * S, "B", 20, held=1, jobs=9)
+    for seq, after in enumerate((5, 10, 15), 3):
+        call(gate, after * S, "B", seq, held=1)
+    answer = call(gate, 16 * S, "B", 6, held=1, jobs=9)
     assert job_id("L", "b", 0) in [job.id for job in answer.jobs]
     assert answer.in_use == 1 + len(answer.jobs)
 
