@@ -245,7 +245,7 @@ class Calls:
             self._pump.kick()
         self._unsure = (self._unsure or answer.status == UNKNOWN) and self._news.keeps
         if not self._unsure:
-            self._slots.lease_until = sent + answer.lease_s - self._pump.margin_s
+            self._slots.lease_until = self._pump.lease_end(sent, answer.lease_s)
 
     def _remember_start(self, stamp: int) -> None:
         """While a start of ours is younger than the window, we remember the gate."""

@@ -95,8 +95,16 @@ class Pump:
     @property
     def margin_s(self) -> float:
         """How long before its end a lease counts as lost: 2 s of the default 15."""
-        lease_s = self.limits.lease_s if self.limits else 15.0
+        lease_s = self.limits.lease_s if self.limits else self.process.lease_s
         return min(2.0, lease_s * 2 / 15)
+
+    def lease_end(self, sent: float, told_s: float) -> float:
+        """The monotonic second up to which a lease surely holds that was asked for at `sent`.
+
+        `told_s`: what the gate said is left of it, 0.8 of it at least. The lease is the limit's, and may be a
+        shorter one than ours.
+        """
+        return sent + told_s - min(self.margin_s, told_s / 6)
 
     # --- what user tasks call: no I/O --------------------------------------------------------------
 

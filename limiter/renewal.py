@@ -74,6 +74,6 @@ class Renewal:
             return
         if lease_us > 0:
             slots = pump.slots
-            slots.lease_until = max(slots.lease_until, sent + lease_us / 1e6 - pump.margin_s)
+            slots.lease_until = max(slots.lease_until, pump.lease_end(sent, lease_us / 1e6))
         else:
             self._process.call_soon(pump.kick)

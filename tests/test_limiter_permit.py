@@ -448,6 +448,31 @@ def test_a_lease_that_is_made_shorter_meanwhile_is_watched_to_its_new_end() -> N
     asyncio.run(go())
 
 
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_limit_whose_lease_is_shorter_than_ours_is_held_safely(by_name: bool) -> None:
+    """By its name alone, or by a process that has not heard yet of the shorter lease."""
+
+    async def go() -> tuple[bool, bool]:
+        server = fakeredis.FakeServer(version=(7,))
+        ours, theirs = (
+            Process(*(fakeredis.FakeAsyncRedis(server=server) for _ in range(2)), lease_s=lease_s)
+            for lease_s in (15.0, 2.0)
+        )
+        pump = ours.pump("api" if by_name else Limits("api", 2))
+        if not by_name:
+            (await acquire(pump)).release()
+        (await acquire(theirs.pump(Limits("api", 2, lease_s=2.0)))).release()
+        permit = await acquire(pump)
+        await heard(pump)
+        await asyncio.sleep(0.1)  # the lease is watched
+        found = pump.safe, permit.lost
+        await ours.close()
+        await theirs.close()
+        return found
+
+    assert asyncio.run(go()) == (True, False)
+
+
 def test_a_block_that_is_cancelled_by_others_too_stays_cancelled(server: redis.Redis) -> None:
     async def block(entered: asyncio.Event) -> None:
         async with limit("api", max_concurrent=1):
