@@ -282,8 +282,10 @@ end
 
 local function channel_of(process) return 'pocketfleet:wake:' .. process end
 
+-- A server that does not let this user publish costs the wake-up only: an error would leave the call half done.
 local function tell(process, words)
-  return redis.call('PUBLISH', channel_of(process), string.match(GATE, '{(.-)}') .. ' ' .. words)
+  local heard = redis.pcall('PUBLISH', channel_of(process), string.match(GATE, '{(.-)}') .. ' ' .. words)
+  return type(heard) == 'number' and heard or 0
 end
 
 -- Returns how many heard it: 0 = that process is gone (or, on a Cluster, listens at another node).

@@ -12,10 +12,11 @@ from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import NoPermissionError, RedisError
 
 from limiter.keys import wake_channel
 from limiter.sync import Abort, Grant, read_wake
+from limiter.trouble import words
 from limiter.wire import wire
 
 log = logging.getLogger("pocketfleet.limiter")
@@ -48,7 +49,7 @@ class WakeCalls:
 
     async def listen(self) -> None:
         """Until cancelled."""
-        pause_s = 0.1
+        pause_s, refused = 0.1, False
         while True:
             connection = self._connection()
             try:
@@ -56,6 +57,11 @@ class WakeCalls:
                 await self._listen(connection)
             except (RedisError, OSError) as error:
                 log.debug("wake.lost error=%s", type(error).__name__)
+                if isinstance(error, NoPermissionError) and not refused:
+                    refused = True
+                    log.warning(
+                        'wake.refused what="Redis %s"; until then calls are made by the clock', words(error)
+                    )
             finally:
                 await _close(connection)
             await asyncio.sleep(pause_s)

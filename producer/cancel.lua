@@ -58,9 +58,7 @@ local function abort(i, job)
   redis.call('XADD', ROOT .. 'out:' .. batch, '*', 'i', index, 't', whole(job.attempt), 's', 'aborted', 'o', outcome)
   redis.call('SETBIT', ROOT .. 'done:' .. batch, index, 1)
   local process = redis.call('GET', 'arq:in-progress:' .. ids[i])
-  if process then
-    redis.call('PUBLISH', 'pocketfleet:wake:' .. process, limit .. ' abort ' .. whole(job.attempt) .. ' ' .. ids[i])
-  end
+  if process then tell(process, 'abort ' .. whole(job.attempt) .. ' ' .. ids[i]) end
 end
 
 -- Take an item that was claimed once off the queue, unless it is to go on.

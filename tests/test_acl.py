@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
 
 import pytest
 import redis
+from gate_model import T0
 
+from limiter.client import open_pubsub_client
 from limiter.keys import GateKeys
-from tests import fleet
+from limiter.limits import Limits
+from limiter.script import sync_script
+from limiter.sync import SYNC, Call, read_answer
+from limiter.wake import WakeCalls
+from tests import fleet, servers
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -59,3 +66,46 @@ def test_a_user_with_the_readmes_rights_runs_a_fleet() -> None:
             with pytest.raises(redis.exceptions.NoPermissionError):
                 user.execute_command(*command)  # type: ignore[no-untyped-call]
         user.close()
+
+
+@pytest.mark.parametrize("kind", servers.REAL)
+def test_a_call_that_may_wake_nobody_is_made_as_a_whole(kind: str) -> None:
+    """The right to publish is taken away while processes live: a claim half made would belong to nobody."""
+    keys = GateKeys("L")
+    with servers.running(kind) as url, redis.Redis.from_url(url) as admin:
+        admin.acl_setuser("user", enabled=True, nopass=True, keys=["*"], channels=[], categories=["+@all"])
+        user = redis.Redis.from_url(url, username="user", password="any")
+        sync = sync_script(user, SYNC)
+
+        def ask(after_s: int, process: str, seq: int, **news: int) -> list[str]:
+            call = Call(process, seq, jobs=1, limits=Limits("L", 5).as_argument(), flows=("f",), **news)
+            return [
+                job.id for job in read_answer(sync(keys=keys.all, args=call.argv(T0 + after_s * 10**6))).jobs
+            ]
+
+        for job in ("{L}:b:0", "{L}:b:1"):
+            admin.zadd(keys.queue("f"), {job: 1})
+            admin.set(f"arq:job:{job}", b"payload")
+        for process in ("A", "B"):
+            assert ask(0, process, 1, refused=1, pause_us=10**6) == [], (
+                "the fleet pauses, and both stand in line"
+            )
+        assert ask(2, "A", 2) == ["{L}:b:0"], "B is first to be told"
+        assert ask(3, "B", 2) == ["{L}:b:1"]
+        user.close()
+
+
+def test_a_user_that_may_not_be_woken_is_told_what_is_missing(caplog: pytest.LogCaptureFixture) -> None:
+    async def go(url: str) -> None:
+        client = open_pubsub_client(url.replace("unix://", "unix://user:any@"))
+        listening = asyncio.create_task(WakeCalls(client, "A", lambda *_: None, lambda: None).listen())
+        async with asyncio.timeout(20):
+            while not caplog.messages:  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.01)
+        listening.cancel()
+        await client.aclose()
+
+    with servers.running("valkey") as url, redis.Redis.from_url(url) as admin:
+        admin.acl_setuser("user", enabled=True, nopass=True, keys=["*"], channels=[], categories=["+@all"])
+        asyncio.run(go(url))
+    assert "wake.refused" in caplog.messages[0] and "rights that the README lists" in caplog.messages[0]
