@@ -184,15 +184,15 @@ local function blob_of(id, attempt)
   return ROOT .. 'blob:' .. name .. ':' .. index .. ':' .. attempt
 end
 
--- Recorded, it lives as long as its batch.
+-- Recorded, it lives as long as its batch. Returns whether it is there: it may be lost since it was stored.
 local function keep_blob(id, attempt)
   local name, index = parts(id)
   local key = blob_of(id, attempt)
   local outcome = redis.call('GET', key)
-  if outcome then
-    redis.call('HSET', ROOT .. 'blobs:' .. name, index .. ':' .. attempt, outcome)
-    redis.call('DEL', key)
-  end
+  if not outcome then return false end
+  redis.call('HSET', ROOT .. 'blobs:' .. name, index .. ':' .. attempt, outcome)
+  redis.call('DEL', key)
+  return true
 end
 
 local function settle_entry(i, job)
@@ -205,9 +205,10 @@ local function settle_entry(i, job)
   local status = ENDED[what] and what or not act and string.match(what, '^blob:(.+)$')
   if act then
     act(id, job, arg)
+  elseif status and status ~= what and not keep_blob(id, ARGV[i + 1]) then
+    go_back(id, job) -- it runs again: an end without its outcome would be nobody's
   elseif status then
     record_outcome(id, ARGV[i + 1], status, arg)
-    if status ~= what then keep_blob(id, ARGV[i + 1]) end
     forget(id, job.flow)
     drop_saved(id, job)
   else

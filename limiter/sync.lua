@@ -23,7 +23,8 @@
 -- ARGV[19]  last grant highest attempt that a wake message granted and the process has taken over; 0 = none
 -- ARGV[20]  flows      how many names of flows follow; then per entry: id, attempt, flow's number, what, arg
 --                      what = completed|failed|aborted|quarantined|lost (arg = outcome; with 'blob:' in
---                      front it stands under blob:<b>:<i>:<attempt>) | result:<ms> (arg = arq's record)
+--                      front it stands under blob:<b>:<i>:<attempt>; where that is lost, the run goes back to
+--                      its place) | result:<ms> (arg = arq's record)
 --                      | save (arg = checkpoint of a run that goes on, or is refused or handed back next)
 --                      | save-beside (arg = key where it was stored, because it is too large for a call)
 --                      | refuse (arg = delay us) | wait (arg = delay us; granted, cannot start here yet)

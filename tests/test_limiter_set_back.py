@@ -94,6 +94,25 @@ def test_what_still_runs_is_kept_and_not_claimed_by_another(gate: Gate) -> None:
     assert last.refused == [] and last.in_use == 1
 
 
+def test_a_run_whose_stored_outcome_is_lost_runs_again(gate: Gate) -> None:
+    """Stored beside the call because it is large, and gone when the call comes."""
+    gate.enqueue(T0, "b", "f", {0: b"zero"})
+    (job,) = call(gate, 1, "A", 1, jobs=1).jobs
+    before = copy_of(gate)
+    gate.client.set(gate.keys.blob("b", 0, job.attempt), b"large")
+    set_back(gate, before)
+    end = Entry(job.id, job.attempt, 1, "blob:completed")
+    assert call(gate, 2, "A", 2, entries=[end]).refused == []
+    assert not gate.client.exists(gate.keys.out("b"))
+
+    (again,) = call(gate, 3, "B", 1, jobs=1).jobs
+    assert (again.id, again.payload, again.deaths) == (job.id, b"zero", 0)
+    gate.client.set(gate.keys.blob("b", 0, again.attempt), b"large")
+    end = Entry(again.id, again.attempt, 1, "blob:completed")
+    call(gate, 4, "B", 2, entries=[end])
+    assert gate.client.xlen(gate.keys.out("b")) == gate.client.hlen(gate.keys.blobs("b")) == 1
+
+
 def test_no_number_is_given_twice(gate: Gate) -> None:
     call(gate, 1, "A", 1)
     before = copy_of(gate)
