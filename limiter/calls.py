@@ -229,11 +229,11 @@ class Calls:
         """Entries of these jobs were refused; a run of them that goes on is no longer ours."""
         if not refused:
             return
-        kept = {entry.job for entry in call.entries if entry.what == "keep"}
-        kept.update(entry.job for entry in call.heard)
+        kept = {entry.job: entry.attempt for entry in call.entries if entry.what == "keep"}
+        kept.update((entry.job, entry.attempt) for entry in call.heard)
         for job in refused:
             log.info("claim.lost limit=%s job=%s", self._pump.name, job)
-            if job in kept and self._slots.end(job):
+            if job in kept and self._slots.end(job, kept[job]):
                 self._pump.kick()
                 if self._slots.crew:
                     self._slots.crew.lost(job)

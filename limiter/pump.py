@@ -170,7 +170,7 @@ class Pump:
 
     def settle(self, entry: Entry, *extra: Entry) -> None:
         """A claimed run is over (or goes back): free its slot and record it in the next call."""
-        self.slots.end(entry.job)
+        self.slots.end(entry.job, entry.attempt)
         self.news.add((*extra, entry))
         self.kick()
 

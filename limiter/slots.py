@@ -90,10 +90,12 @@ class Slots:
             self.claims[job.id] = Entry(job.id, job.attempt, 1, "keep")
         self.crew.take(jobs, start_by, stamp)
 
-    def end(self, job: str) -> bool:
-        """Hold its slot no more; False if we did not claim it, or no more."""
-        if self.claims.pop(job, None) is None:
+    def end(self, job: str, attempt: int) -> bool:
+        """Hold its slot no more; False if we did not claim it, or no more, or anew as another attempt."""
+        claim = self.claims.get(job)
+        if claim is None or claim.attempt != attempt:
             return False
+        del self.claims[job]
         self.held -= 1
         return True
 

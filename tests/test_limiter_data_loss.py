@@ -100,3 +100,28 @@ def test_a_holder_without_values_of_its_own_does_not_ask_without_pause_for_what_
         return asked
 
     assert asyncio.run(go()) <= 3, "and its last word"
+
+
+def test_a_late_word_of_an_attempt_that_was_lost_leaves_the_newer_one_its_slot() -> None:
+    """Its run was lost and would not end, and this process has claimed the job again meanwhile."""
+
+    async def go() -> None:
+        server = fakeredis.FakeServer(version=(7,))
+        client = fakeredis.FakeAsyncRedis(server=server)
+        process = Process(*(fakeredis.FakeAsyncRedis(server=server) for _ in range(2)))
+        pump, crew = process.pump(Limits("L", 2)), Crew()
+        pump.employ(crew)
+        args = ["", "", "b", "f", 1000, 0, "", 0, b"zero", 1, b"one"]
+        assert await script(client, ENQUEUE)(keys=KEYS.all, args=args) == [2, 0, 0]
+        async with asyncio.timeout(10):
+            await crew.full.wait()
+            job, lost = crew.jobs[0], crew.jobs[0].attempt - 100
+            pump.settle(Entry(job.id, lost, 1, "completed", b"late"))
+            await pump.save(Entry(job.id, lost, 1, "save", b"late"))
+        assert pump.held == 2 and job.id in pump.slots.claims
+        pump.settle(Entry(job.id, job.attempt, 1, "completed", b"out"))
+        assert pump.held == 1
+        await process.close()
+        await client.aclose()
+
+    asyncio.run(go())

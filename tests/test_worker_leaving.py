@@ -132,7 +132,9 @@ def test_a_run_that_is_no_longer_ours_leaves_nothing(url: str, tmp_path: Path) -
     async def main() -> None:
         async with storing(url, tmp_path) as (worker, slow):
             pump, (job,) = worker.crews[0].pump, worker.crews[0].runs
-            pump.slots.end(job)  # as the pump does with a claim that the gate refused
+            pump.slots.end(
+                job, pump.slots.claims[job].attempt
+            )  # as the pump does with a claim that the gate refused
             worker.crews[0].lost(job)
             slow.may.set()
             await over(worker)
