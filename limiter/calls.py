@@ -154,7 +154,8 @@ class Calls:
             self._seq,
             held=held,
             permits=self._permits_to_ask(),
-            jobs=crew.room() if crew and not pump.closing else 0,
+            # while the gate has yet to hear what we run, that may stand in the queue
+            jobs=crew.room() if crew and not (pump.closing or self._unsure) else 0,
             birth=self._birth if remember else 0,
             started=self._started,
             limits=pump.values,
@@ -243,7 +244,10 @@ class Calls:
         if answer.status == UNKNOWN:
             self._news.add_first(self._slots.claims.values())
             self._pump.kick()
-        self._unsure = (self._unsure or answer.status == UNKNOWN) and self._news.keeps
+        was_unsure = self._unsure
+        self._unsure = (was_unsure or answer.status == UNKNOWN) and self._news.keeps
+        if was_unsure:
+            self._pump.kick()  # no job was asked for
         if not self._unsure:
             self._slots.lease_until = self._pump.lease_end(sent, answer.lease_s)
 

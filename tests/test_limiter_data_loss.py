@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import fakeredis
@@ -25,16 +26,17 @@ class Crew:
 
     flows = ("f",)
 
-    def __init__(self) -> None:
+    def __init__(self, places: int = 2) -> None:
         self.jobs: list[Claimed] = []
+        self.places = places
         self.full = asyncio.Event()
 
     def room(self) -> int:
-        return 2 - len(self.jobs)
+        return self.places - len(self.jobs)
 
     def take(self, jobs: list[Claimed], start_by: float, stamp: int) -> None:
         self.jobs += jobs
-        if len(self.jobs) == 2:
+        if len(self.jobs) == self.places:
             self.full.set()
 
     def unheard(self) -> None:
@@ -125,3 +127,33 @@ def test_a_late_word_of_an_attempt_that_was_lost_leaves_the_newer_one_its_slot()
         await client.aclose()
 
     asyncio.run(go())
+
+
+def test_a_process_that_says_again_what_it_runs_claims_none_of_it_anew() -> None:
+    """More than one call can say: what has yet to be said stands in the queue meanwhile."""
+
+    async def go(url: str) -> None:
+        client = redis.asyncio.Redis.from_url(url)
+        ours, theirs = await open_process(url), await open_process(url)
+        pump, crew = ours.pump(Limits("L", 2000)), Crew(1500)
+        pump.employ(crew)
+        items = [word for index in range(1500) for word in (index, b"item")]
+        assert await script(client, ENQUEUE)(keys=KEYS.all, args=["", "", "b", "f", 1000, 0, "", *items])
+        async with asyncio.timeout(60):
+            while not crew.full.is_set():
+                await pump.contact()
+            # the other finds its lease over, and gives the jobs back
+            state = json.loads(await client.hget(KEYS.gate, "state"))
+            await client.hset(KEYS.gate, "state", json.dumps(state | {"reap_at": 0}))
+            await client.zadd(KEYS.leases, {ours.id: 1})
+            await theirs.pump(Limits("L", 2000)).contact()
+            crew.places = 1900
+            await pump.contact()
+            await pump.contact()
+        assert pump.held == len(pump.slots.claims) == len(crew.jobs) == 1500
+        await ours.close()
+        await theirs.close()
+        await client.aclose()
+
+    with servers.running("valkey") as url:
+        asyncio.run(go(url))
