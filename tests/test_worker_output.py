@@ -17,7 +17,7 @@ from worker.output import prefix_items
 if len(sys.argv) > 2:
     logging.getLogger("httpx").setLevel(sys.argv[2])
 prefix_items(sys.argv[1])
-for name in ("httpx", "users"):
+for name in ("httpx", "httpx2", "users"):
     logging.getLogger(name).info("a line of %s", name)
 logging.getLogger("httpx").warning("a warning")
 """
@@ -28,7 +28,15 @@ logging.getLogger("httpx").warning("a warning")
     [
         (["INFO"], ["INFO users a line of users", "WARNING httpx a warning"]),
         (["WARNING"], ["WARNING httpx a warning"]),
-        (["DEBUG"], ["INFO httpx a line of httpx", "INFO users a line of users", "WARNING httpx a warning"]),
+        (
+            ["DEBUG"],
+            [
+                "INFO httpx a line of httpx",
+                "INFO httpx2 a line of httpx2",
+                "INFO users a line of users",
+                "WARNING httpx a warning",
+            ],
+        ),
         (
             ["INFO", "INFO"],
             ["INFO httpx a line of httpx", "INFO users a line of users", "WARNING httpx a warning"],

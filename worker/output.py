@@ -123,7 +123,7 @@ class _OneLine(logging.Formatter):
         return super().formatMessage(record)
 
 
-LINE_A_REQUEST = ("httpx", "google_genai.models")
+LINE_A_REQUEST = ("httpx", "httpx2", "google_genai.models")
 """Libraries that write a line at INFO for every request: thousands here. A level that a user's code sets holds."""
 
 
