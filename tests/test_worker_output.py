@@ -106,3 +106,39 @@ def test_a_run_ends_though_another_thread_has_just_put_out_what_it_had_begun() -
     prefix.flush()
     prefix.end("b:2")
     assert stream.getvalue() == "[b:2] 50%" and not prefix.has_begun("b:2")
+
+
+LETTER = """
+from pocketflow import Node
+from pocketfleet import ThrottledAsyncParallelBatchFlow
+
+class Step(Node):
+    def exec(self, _):
+        print("done \\u2713")
+
+class Letters(ThrottledAsyncParallelBatchFlow):
+    pass
+
+flow = Letters(start=Step())
+"""
+
+
+ELSEWHERE = """
+import os, sys
+os.close(1)
+if sys.argv[1] != "nowhere":
+    os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)  # takes the lowest number, 1
+    os.set_inheritable(1, True)
+os.execv(sys.executable, [sys.executable, "-m", "pocketfleet", "worker", "letters:flow", "--burst"])
+"""
+
+
+@pytest.mark.parametrize("out", ["/dev/full", "nowhere", "out.txt"])
+def test_no_run_and_no_worker_fails_for_output_that_cannot_be_written(out: str) -> None:
+    with fleet.site({"letters.py": LETTER, "elsewhere.py": ELSEWHERE}) as site:
+        site.enqueue("letters:flow", [{"n": 0}, {"n": 1}])
+        worker = site.python("elsewhere.py", out, PYTHONIOENCODING="ascii")
+        assert [each.outcome.status for each in site.ended("letters:flow", 2)] == ["completed"] * 2
+        worker.code()
+        if out == "out.txt":
+            assert r"[b:1] done \u2713" in (site.directory / out).read_text().splitlines()

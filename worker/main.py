@@ -118,7 +118,7 @@ async def _take_over(ctx: dict[Any, Any], settings: Settings, place: Place) -> N
         end(error)
     adopt(process)
     output.prefix_items(settings.log_level)
-    worker = ctx["worker"] = FleetWorker(
+    worker = FleetWorker(
         process,
         served,
         max_jobs=settings.max_jobs,
@@ -128,6 +128,7 @@ async def _take_over(ctx: dict[Any, Any], settings: Settings, place: Place) -> N
     watch_lifeline(worker)
     print(greeting(served, place), flush=True)
     _collect_less()
+    ctx["worker"] = worker  # from here on `wait_drained` has an end to wait for
     try:
         await worker.run()
     except Exception as error:

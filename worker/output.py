@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import io
 import logging
 import sys
 import threading
@@ -75,11 +76,12 @@ class ItemPrefix:
                 self._put_out()
 
     def _put(self, text: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # whoever listened was killed: no run fails for that
+        # whoever listened was killed, the log's disk is full: no run and no worker fails for that
+        with contextlib.suppress(OSError):
             self._stream.write(text)
 
     def _put_out(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             self._stream.flush()
 
     def _mark(self, tag: str) -> str:
@@ -132,10 +134,16 @@ def prefix_items(log_level: str, batch: str = "") -> None:
 
     In the process of a `run` (which gives its `batch`) our own news stays unsaid.
     """
-    if not isinstance(sys.stdout, ItemPrefix):
-        sys.stdout = ItemPrefix(sys.stdout, batch)
-        sys.stderr = ItemPrefix(sys.stderr, batch)
-        _prefixed[:] = sys.stdout, sys.stderr
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or isinstance(
+            stream, ItemPrefix
+        ):  # None: the process was started without it, `>&-`
+            continue
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # no run fails for a letter that the locale has not
+        setattr(sys, name, ItemPrefix(stream, batch))
+    _prefixed[:] = (each for each in (sys.stdout, sys.stderr) if isinstance(each, ItemPrefix))
     shown = logging.StreamHandler(sys.stderr)
     shown.setFormatter(_OneLine("%(levelname)s %(name)s %(message)s"))
     logging.basicConfig(level=log_level, handlers=[shown])
