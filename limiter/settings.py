@@ -146,7 +146,8 @@ def _wanted(field: FieldInfo) -> str:
     """What a field takes, from its type and bounds."""
     kinds = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}
     types = [field.annotation, *typing.get_args(field.annotation)]
-    kind = next((text for each, text in kinds.items() if each in types), "text")
+    words = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else ()
+    kind = next((text for each, text in kinds.items() if each in types), " or ".join(words) or "text")
     low = next((str(rule.ge) for rule in field.metadata if isinstance(rule, annotated_types.Ge)), "")
     high = next((str(rule.le) for rule in field.metadata if isinstance(rule, annotated_types.Le)), "")
     bounds = f" from {low} to {high}" if low and high else f" from {low} up" if low else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from pydantic import Field
@@ -17,6 +18,7 @@ from limiter.errors import RedisRefused, SettingsError
 from limiter.settings import FleetSettings, checked_url, load, settings_table
 from producer.settings import ProducerSettings
 from worker.lifeline import VARIABLE
+from worker.settings import WorkerSettings
 
 SECRET = "canary-7"
 
@@ -26,6 +28,7 @@ class WiderSettings(FleetSettings):
 
     jobs: int = Field(10, ge=1, le=50, description="Runs at a time")
     flows: list[str] = Field([], description="Names of flows")
+    colour: Literal["red", "green"] = Field("red", description="Of lines")
     name: str = Field(..., description="Text")
 
 
@@ -50,6 +53,11 @@ def test_env_file_is_read_and_the_environment_wins(monkeypatch: pytest.MonkeyPat
     assert (settings.lease_s, settings.stall_limit_s) == (25, 30)
 
 
+def test_a_log_level_may_be_written_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POCKETFLEET_LOG_LEVEL", "debug")
+    assert load(WorkerSettings).log_level == "DEBUG"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
@@ -62,6 +70,7 @@ def test_env_file_is_read_and_the_environment_wins(monkeypatch: pytest.MonkeyPat
         ("JOBS", "1.5", "POCKETFLEET_JOBS='1.5' cannot hold: use a whole number from 1 to 50"),
         ("FLOWS", "a,b", "POCKETFLEET_FLOWS cannot be read: write its value as JSON"),
         ("UNSET", "x", "POCKETFLEET_NAME is not set: use text"),
+        ("COLOUR", "blue", "POCKETFLEET_COLOUR='blue' cannot hold: use red or green (Of lines)"),
     ],
 )
 def test_what_does_not_hold_is_one_sentence(
