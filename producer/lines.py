@@ -17,12 +17,13 @@ import shlex
 import struct
 import zlib
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from producer.disk import batch_dir, open_at, replace_file, write_all
+from producer.disk import batch_dir, open_at, write_all
 from producer.errors import InputError
 from producer.follow import Ended
 from producer.journal import Journal
@@ -72,9 +73,8 @@ class LineFile:
             self._fd = open_at(path, size)
         except OSError as error:
             raise _unwritable(path, error) from None
-        replace_file(spool.home / "output", os.fsencode(path.resolve()))
         # the note of before stays until it is replaced: a kill here must not make the file a stranger's
-        self._note_fd = os.open(spool.home / "written", os.O_RDWR | os.O_CREAT, 0o600)
+        self._note_fd = os.open(_note_of(path, spool.home), os.O_RDWR | os.O_CREAT, 0o600)
         self._place, self._size, self._tail = place, size, _tail(path, size)
         self._note()
         if self._csv and not size:
@@ -126,14 +126,16 @@ class LineFile:
 def _known(path: Path, home: Path) -> tuple[int, int] | None:
     """How far the batch of that manifest has written this very file, None if it did not."""
     try:
-        named = (home / "output").read_bytes()
-        place, size, length, crc = _WRITTEN.unpack((home / "written").read_bytes())
+        place, size, length, crc = _WRITTEN.unpack(_note_of(path, home).read_bytes())
     except (OSError, struct.error):
-        return None
-    if named != os.fsencode(path.resolve()):
         return None
     tail = _tail(path, size)
     return (place, size) if len(tail) == length and zlib.crc32(tail) == crc else None
+
+
+def _note_of(path: Path, home: Path) -> Path:
+    """Each file has a note of its own: the batch may write one, then another, then the first one again."""
+    return home / f"written-{sha256(os.fsencode(path.resolve())).hexdigest()[:16]}"
 
 
 def _tail(path: Path, size: int) -> bytes:

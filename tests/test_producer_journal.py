@@ -16,10 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from limiter.keys import GateKeys
+from producer.errors import InputError
 from producer.follow import Ended
 from producer.follower import Follower, catch_up
 from producer.journal import Journal
-from producer.lines import LineFile, csv_line, json_line, record_of
+from producer.lines import LineFile, check_output, csv_line, json_line, record_of
 from producer.spool import Spool
 from producer.spool_writer import SpoolWriter
 from worker import codec
@@ -274,6 +275,21 @@ def test_another_file_gets_every_line_and_one_that_was_changed_is_written_anew(t
     path.unlink()
     follow(spool, path, [])
     assert path.read_bytes() == expected
+
+
+def test_a_batch_goes_on_with_each_file_that_it_has_written(tmp_path: Path) -> None:
+    spool, path, other = spool_in(tmp_path), tmp_path / "out.jsonl", tmp_path / "other.jsonl"
+    follow(spool, path, OUTCOMES[:2])
+    begun = path.stat().st_ino
+    follow(spool, other, OUTCOMES[2:4])
+    check_output(path, tmp_path, "b")
+    follow(spool, path, OUTCOMES[4:])
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [*range(COUNT)]
+    assert path.stat().st_ino == begun
+    assert len(other.read_text().splitlines()) == 4
+    (tmp_path / "strange.jsonl").write_bytes(path.read_bytes())
+    with pytest.raises(InputError, match="batch b did not write it"):
+        check_output(tmp_path / "strange.jsonl", tmp_path, "b")
 
 
 ODD = {None: 1, True: {False: [{None: b"x"}]}, 7: float("nan"), b"ab": "\n", 1.5: 2}

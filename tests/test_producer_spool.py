@@ -144,7 +144,7 @@ def test_files_are_for_the_owner_only(tmp_path: Path) -> None:
         modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "data").rglob("*")}
     assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o700
     assert all(mode == (0o700 if path.is_dir() else 0o600) for path, mode in modes.items())
-    assert len(modes) == 11
+    assert len(modes) == 10
 
 
 def test_an_abandoned_or_raising_writer_leaves_nothing(tmp_path: Path) -> None:
