@@ -136,9 +136,7 @@ def prefix_items(log_level: str, batch: str = "") -> None:
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None or isinstance(
-            stream, ItemPrefix
-        ):  # None: the process was started without it, `>&-`
+        if stream is None or isinstance(stream, ItemPrefix):  # None: started without it, `>&-`
             continue
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # no run fails for a letter that the locale has not
