@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from producer.disk import batch_dir, open_at, write_all
+from producer.disk import batch_dir, open_at, said, write_all
 from producer.errors import InputError
 from producer.follow import Ended
 from producer.journal import Journal
@@ -61,6 +61,7 @@ class LineFile:
 
     Raises:
         InputError: the file cannot be written.
+        SpoolError: how far it has come cannot be noted.
     """
 
     def __init__(self, path: Path, spool: Spool, journal: Journal) -> None:
@@ -68,14 +69,24 @@ class LineFile:
         self._spool = spool
         self._journal = journal
         self._csv = is_csv(path)
-        place, size = self._known()
+        self._fd = self._note_fd = -1
         try:
-            self._fd = open_at(path, size)
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        try:
+            place, size = self._known()
+            self._fd = open_at(self.path, size)
         except OSError as error:
-            raise _unwritable(path, error) from None
-        # the note of before stays until it is replaced: a kill here must not make the file a stranger's
-        self._note_fd = os.open(_note_of(path, spool.home), os.O_RDWR | os.O_CREAT, 0o600)
-        self._place, self._size, self._tail = place, size, _tail(path, size)
+            raise _unwritable(self.path, error) from None
+        with said(self._spool.batch):
+            # the note of before stays until it is replaced: a kill here must not make the file a stranger's
+            note = _note_of(self.path, self._spool.home)
+            self._note_fd = os.open(note, os.O_RDWR | os.O_CREAT, 0o600)
+        self._place, self._size, self._tail = place, size, _tail(self.path, size)
         self._note()
         if self._csv and not size:
             self._write([_row(COLUMNS)], place)
@@ -115,7 +126,8 @@ class LineFile:
 
     def _note(self) -> None:
         note = _WRITTEN.pack(self._place, self._size, len(self._tail), zlib.crc32(self._tail))
-        os.pwrite(self._note_fd, note, 0)
+        with said(self._spool.batch):
+            os.pwrite(self._note_fd, note, 0)
 
     def _known(self) -> tuple[int, int]:
         """The journal's byte and the file's size up to which this batch has written this very file."""
@@ -197,7 +209,8 @@ def _check_writable(path: Path) -> None:
     except OSError as error:
         raise _unwritable(path, error) from None
     if new:
-        real.unlink()
+        with contextlib.suppress(OSError):  # another run that asks the same has done it
+            real.unlink()
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from limiter.keys import GateKeys
-from producer.errors import InputError
+from producer.errors import InputError, ProducerError
 from producer.follow import Ended
 from producer.follower import Follower, catch_up
 from producer.journal import Journal
@@ -360,3 +360,37 @@ def test_an_outcome_that_had_no_use_when_it_came_is_found_again_or_named_as_lost
 
     follower = asyncio.run(go())
     assert (follower.end, follower.lost) == (("ended", []) if last_one_is_there else ("lost", [COUNT - 1]))
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_a_disk_that_cannot_note_how_far_the_file_has_come_is_said_in_a_sentence(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool, path, left = spool_in(tmp_path), tmp_path / "out.jsonl", step
+
+    def full(real: Callable[..., int]) -> Callable[..., int]:
+        def write(*asked: object) -> int:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise OSError(28, "No space left on device")
+            return real(*asked)
+
+        return write
+
+    with Journal(spool.home, "b", COUNT) as journal:
+        journal.take(OUTCOMES)
+        with monkeypatch.context() as patched:
+            for name in ("write", "pwrite", "fsync"):
+                patched.setattr(os, name, full(getattr(os, name)))
+            with pytest.raises(ProducerError, match=r"(?i)no space left on device"):
+                follow_to_its_end(LineFile(path, spool, journal))
+        follow_to_its_end(LineFile(path, spool, journal))
+    assert len(path.read_text().splitlines()) == COUNT
+
+
+def follow_to_its_end(lines: LineFile) -> None:
+    try:
+        lines.catch_up()
+    finally:
+        lines.close()
