@@ -37,9 +37,18 @@ def flock(fd: int) -> bool:
 def open_at(path: Path, size: int) -> int:
     """Open for writing at `size`; what stands past it is cut off."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        cut(fd, size)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def cut(fd: int, size: int) -> None:
+    """Go on at `size`; what stands past it is cut off."""
     os.ftruncate(fd, size)
     os.lseek(fd, size, os.SEEK_SET)
-    return fd
 
 
 def write_all(fd: int, data: bytes) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from producer.disk import batch_dir, open_at, said, write_all
+from producer.disk import batch_dir, cut, flock, said, write_all
 from producer.errors import InputError
 from producer.follow import Ended
 from producer.journal import Journal
@@ -60,7 +60,7 @@ class LineFile:
     comes first where a user named the file.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, or another run writes it.
         SpoolError: how far it has come cannot be noted.
     """
 
@@ -78,8 +78,12 @@ class LineFile:
 
     def _open(self) -> None:
         try:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+            # before it is cut: what another run writes there is not ours
+            if not _alone_in(self._fd):
+                raise _in_use(self.path)
             place, size = self._known()
-            self._fd = open_at(self.path, size)
+            cut(self._fd, size)
         except OSError as error:
             raise _unwritable(self.path, error) from None
         with said(self._spool.batch):
@@ -211,6 +215,18 @@ def _check_writable(path: Path) -> None:
     if new:
         with contextlib.suppress(OSError):  # another run that asks the same has done it
             real.unlink()
+
+
+def _alone_in(fd: int) -> bool:
+    """Whether no other run has the open file; ours from now on, until it is closed."""
+    try:
+        return flock(fd)
+    except OSError:  # a file system without locks
+        return True
+
+
+def _in_use(path: Path) -> InputError:
+    return InputError(f"--output {path} is being written by another run: name another file", source=str(path))
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:

@@ -7,6 +7,7 @@ import contextlib
 import sys
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from redis.asyncio import Redis
@@ -21,7 +22,7 @@ from producer.follower import Follower
 from producer.gathering import ConflictError, Gathering
 from producer.hands import Hands, worker_here, workers_beside
 from producer.journal import Journal
-from producer.lines import LineFile
+from producer.lines import LineFile, check_output
 from producer.progress import Progress
 from producer.spool import Spool
 from producer.who_runs import others_first, unserved
@@ -42,7 +43,7 @@ class Supervision:
         self._place = place
         self._spool = spool
         self._journal = journal
-        self._lines = LineFile(run.output, spool, journal) if run.output else None
+        self._lines = self._own_file(run.output) if run.output else None
         self._progress = Progress(
             run.served.name,
             run.served.limits.name,
@@ -51,6 +52,11 @@ class Supervision:
             live=run.workers != 0,
             workers=run.workers or 0,
         )
+
+    def _own_file(self, path: Path) -> LineFile:
+        """The output file; another run that named it may have written since it was checked first."""
+        check_output(path, self._run.settings.data_dir, self._run.batch)
+        return LineFile(path, self._spool, self._journal)
 
     async def go(self) -> None:
         """Enqueue what is missing and follow it to its end; the journal has caught up with Redis."""

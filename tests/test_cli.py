@@ -389,6 +389,23 @@ def test_a_file_of_somebody_else_is_refused_as_output_and_stays(name: str, folde
     assert (other.returncode, precious.read_text()) == (2, written), "another batch wrote it"
 
 
+def test_a_file_that_another_run_has_written_meanwhile_is_refused_as_output_and_stays(folder: Folder) -> None:
+    reading, writing = os.pipe()
+    line = "pocketfleet run users:flow --params - --workers 0 --batch b --output out.jsonl"
+    running = folder.start(line, stdin=reading)
+    os.close(reading)
+    batches = folder.path / ".pocketfleet/batches"
+    until(lambda: batches.is_dir() and any(batches.glob("+writing*")), "it reads")
+    (folder.path / "out.jsonl").write_text("the lines of another batch\n")
+    os.write(writing, b'{"user_id": 1}\n')
+    os.close(writing)
+    said, _ = running.communicate(timeout=PATIENCE_S)
+    assert running.returncode == 2, said
+    assert "--output out.jsonl exists, and batch b did not write it" in said
+    assert folder.lines("out.jsonl") == ["the lines of another batch"]
+    assert not (folder.path / "ledger.txt").exists()
+
+
 def test_items_left_by_an_earlier_batch_are_announced(folder: Folder) -> None:
     ids = json.dumps(list(range(9)), separators=(",", ":"))
     running = folder.start(f"pocketfleet run users:flow --set user_ids={ids} --set s=0.7 --workers 0")

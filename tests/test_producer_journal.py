@@ -394,3 +394,20 @@ def follow_to_its_end(lines: LineFile) -> None:
         lines.catch_up()
     finally:
         lines.close()
+
+
+def test_a_file_that_another_run_writes_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    path, other = tmp_path / "out.jsonl", spool_in(tmp_path / "other")
+    spool = spool_in(tmp_path)
+    with Journal(spool.home, "b", COUNT) as journal, Journal(other.home, "b", COUNT) as theirs:
+        journal.take(OUTCOMES)
+        lines = LineFile(path, spool, journal)
+        lines.catch_up()
+        before = path.read_bytes()
+        with pytest.raises(
+            InputError, match=r"out\.jsonl is being written by another run: name another file$"
+        ):
+            LineFile(path, other, theirs)
+        assert path.read_bytes() == before
+        lines.close()
+        follow_to_its_end(LineFile(path, other, theirs))
