@@ -136,15 +136,18 @@ async def write_spool(
     Args:
         key: the params' entry that identifies an item across runs; '' = its position.
         base: the caller's store; a batch that is known keeps the one it was enqueued with.
-        facts: what Redis knows of the batch, with digests, for a host that has no spool of it.
+        facts: what Redis knows of the batch; with digests for a host that has no spool of it.
 
     Raises:
         ParamsError: names the item, the entry and the mend.
-        SpoolError: the id is taken by a batch with other params; names the first that differs.
+        SpoolError: the id is taken by a batch of another flow or limit, or with other params; names the first
+            that differs.
     """
+    if facts is not None and facts.flow:
+        _checked_owner(batch, facts.flow, facts.limit, served)
     if Spool.exists(data_dir, batch):
         spool = Spool.open(data_dir, batch)
-        _checked_owner(batch, spool.flow, served)
+        _checked_owner(batch, spool.flow, spool.limit, served)
         if key and key != spool.key:
             raise SpoolError(
                 f"batch '{batch}' was enqueued {f'with --key {spool.key}' if spool.key else 'without --key'}; "
@@ -155,7 +158,6 @@ async def write_spool(
         return spool
     with SpoolWriter(data_dir, batch, served.name, served.limits.name, key, weight) as writer:
         if facts is not None and facts.flow:
-            _checked_owner(batch, facts.flow, served)
             writer.watch(facts.count)
         async for encoded, item_key in _encoded(items, max_bytes, where, first, key):
             writer.add(encoded, item_key)
@@ -164,10 +166,16 @@ async def write_spool(
         return writer.finish(base() if facts is None or facts.base is None else facts.base)
 
 
-def _checked_owner(batch: str, flow: str, served: ServedFlow) -> None:
+def _checked_owner(batch: str, flow: str, limit: str, served: ServedFlow) -> None:
     if flow != served.name:
         raise SpoolError(
             f"batch '{batch}' belongs to flow {flow}, not to {served.name}; use another --batch", batch=batch
+        )
+    if limit != served.limits.name:
+        raise SpoolError(
+            f"batch '{batch}' was enqueued under limit {limit}, and {flow} is under {served.limits.name} now, where "
+            f"no worker looks for its items: give the flow limit={limit!r} again, or use another --batch",
+            batch=batch,
         )
 
 

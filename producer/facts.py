@@ -97,6 +97,15 @@ async def read_facts(client: Redis, limit: str, batch: str, *, digests: bool = F
     )
 
 
+async def facts_by_id(client: Redis, batch: str, limit: str, *, digests: bool = False) -> Facts | None:
+    """The facts of a batch under `limit`, or, as an id is one batch's alone, under the limit that has it already."""
+    found = await client.hget(BATCHES, batch)  # type: ignore[misc]
+    other = msgspec.json.decode(found)["limit"] if found is not None else limit
+    if other != limit and (facts := await read_facts(client, other, batch)) is not None:
+        return facts
+    return await read_facts(client, limit, batch, digests=digests)
+
+
 async def find_batch(client: Redis, batch: str, data_dir: Path | None = None) -> tuple[str, str]:
     """Limit and flow of a batch: as Redis knows them, else as its spool in `data_dir` does.
 

@@ -28,7 +28,7 @@ from producer.batch import (
 from producer.batch_lock import BatchLock
 from producer.enqueue import enqueue
 from producer.errors import ProducerError
-from producer.facts import read_facts
+from producer.facts import facts_by_id
 from producer.flows import ThrottledAsyncParallelBatchFlow
 from producer.follower import catch_up
 from producer.found_name import found_name
@@ -221,10 +221,8 @@ class FleetRun:
         return *await self._users.prep(), "prep_async"
 
     async def _write_spool(self, client: Redis, items: AsyncIterator[Any], where: str) -> Spool:
-        facts = None
         known = Spool.exists(self.settings.data_dir, self.batch)
-        if not known:
-            facts = await read_facts(client, self.served.limits.name, self.batch, digests=True)
+        facts = await facts_by_id(client, self.batch, self.served.limits.name, digests=not known)
         spool = await write_spool(
             self.settings.data_dir,
             self.batch,

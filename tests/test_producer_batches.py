@@ -280,6 +280,24 @@ def test_another_host_goes_on_with_a_batch_by_its_digests_alone(place: Site) -> 
     assert len(lines(place.directory / "out.jsonl")) == 1_600
 
 
+def test_an_id_is_one_batchs_alone_also_where_another_flow_or_limit_has_it(place: Site) -> None:
+    told(place.pocketfleet("enqueue", "users:flow", "--set", ids(3), "--batch", "b"))
+    place.write("others.py", USERS)
+    place.write("narrow.py", USERS + "flow.name, flow.limit = 'users:flow', 'narrow'\n")
+    before = status(place)
+    for elsewhere in ({}, {"POCKETFLEET_DATA_DIR": "elsewhere"}):
+        for target, said in (
+            ("others:flow", "batch 'b' belongs to flow users:flow, not to others:flow; use another --batch"),
+            (
+                "narrow:flow",
+                "batch 'b' was enqueued under limit users.flow, and users:flow is under narrow now",
+            ),
+        ):
+            words = ("enqueue", target, "--set", ids(3), "--batch", "b")
+            assert said in told(place.pocketfleet(*words, **elsewhere), 2)
+    assert status(place) == before
+
+
 def test_a_batch_goes_on_with_the_store_it_was_enqueued_with_and_says_so(place: Site) -> None:
     words = ["run", "users:flow", "--workers", "1", "--batch", "b", "--output"]
     old, new = ["--set", ids(3), "--set", "large=3"], ["--set", ids(6), "--set", "large=3"]
