@@ -8,10 +8,11 @@ from pathlib import Path
 import msgspec
 from redis.asyncio import Redis
 
+from limiter.errors import LimitsError
 from limiter.keys import BATCHES, GateKeys
 from producer.errors import SpoolError
 from producer.spool import Spool
-from worker.contract import LOST, STATUSES
+from worker.contract import LOST, STATUSES, checked_batch
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ async def read_facts(client: Redis, limit: str, batch: str, *, digests: bool = F
         values, done = await pipe.execute()
     if all(value is None for value in values):
         return None
-    text = {name: (value or b"").decode() for name, value in zip(_READ, values, strict=True)}
-    count = int(text["count"] or 0)
+    text = {name: (value or b"").decode(errors="replace") for name, value in zip(_READ, values, strict=True)}
+    counts = {name: count_of(value) for name, value in zip(_READ, values, strict=True)}
+    count = counts["count"]
     blocks: list[bytes | None] = []
     base = None
     if digests and text["epoch"]:
@@ -84,23 +86,41 @@ async def read_facts(client: Redis, limit: str, batch: str, *, digests: bool = F
         limit=limit,
         flow=text["flow"],
         count=count,
-        left=max(0, int(text["left"] or 0)),
+        left=counts["left"],
         done=done,
-        created=float(text["created"] or 0),
+        created=_time(text["created"]),
         epoch=text["epoch"],
         cancelled=bool(text["cancelled"]),
         enqueued=bool(text["enqueued"]),
-        statuses={status: int(text[status]) for status in STATUSES if int(text[status] or 0)},
+        statuses={status: counts[status] for status in STATUSES if counts[status]},
         digests=[block.decode() for block in blocks if block],
         key=text["key"],
         base=base,
     )
 
 
+def count_of(value: bytes | None) -> int:
+    """A count as it stands in Redis; what is none counts as 0.
+
+    >>> count_of(b"12"), count_of(b"-1"), count_of(b"many"), count_of(None)
+    (12, 0, 0, 0)
+    """
+    return int(value) if value is not None and value.isdigit() and len(value) <= 10 else 0
+
+
+def _time(text: str) -> float:
+    """Seconds since 1970 that a calendar has; what is none counts as 0."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        return 0.0
+    return seconds if 0 <= seconds < 2**37 else 0.0
+
+
 async def facts_by_id(client: Redis, batch: str, limit: str, *, digests: bool = False) -> Facts | None:
     """The facts of a batch under `limit`, or, as an id is one batch's alone, under the limit that has it already."""
-    found = await client.hget(BATCHES, batch)  # type: ignore[misc]
-    other = msgspec.json.decode(found)["limit"] if found is not None else limit
+    found = _where(await client.hget(BATCHES, batch))  # type: ignore[misc]
+    other = found.limit if found is not None else limit
     if other != limit and (facts := await read_facts(client, other, batch)) is not None:
         return facts
     return await read_facts(client, limit, batch, digests=digests)
@@ -112,14 +132,13 @@ async def find_batch(client: Redis, batch: str, data_dir: Path | None = None) ->
     Raises:
         SpoolError: nobody knows it.
     """
-    found = await client.hget(BATCHES, batch)  # type: ignore[misc]
+    found = _where(await client.hget(BATCHES, batch))  # type: ignore[misc]
     if found is not None:
-        facts = msgspec.json.decode(found)
-        return facts["limit"], facts["flow"]
+        return found.limit, found.flow
     if data_dir is not None and Spool.exists(data_dir, batch):
         spool = Spool.open(data_dir, batch)
         return spool.limit, spool.flow
-    known = [name.decode() for name in await client.hkeys(BATCHES)]  # type: ignore[misc]
+    known = [name.decode(errors="replace") for name in await client.hkeys(BATCHES)]  # type: ignore[misc]
     latest = f" (known: {', '.join(sorted(known)[-5:])})" if known else ""
     raise SpoolError(f"batch '{batch}' is not known here{latest}", batch=batch)
 
@@ -131,14 +150,38 @@ async def known_batches(client: Redis) -> list[Facts]:
 
 
 async def forget_gone(client: Redis) -> dict[str, str]:
-    """Drop the names of batches whose keys are gone; returns the others with their limits."""
+    """Drop the names of batches whose keys are gone, and what is no such name; returns the others with their limits."""
     names = await client.hgetall(BATCHES)  # type: ignore[misc]
-    limits = {name.decode(): msgspec.json.decode(about)["limit"] for name, about in names.items()}
+    limits = {name: where.limit for name, about in names.items() if (where := _where(about)) and _is_id(name)}
     async with client.pipeline(transaction=False) as pipe:
         for batch, limit in limits.items():
-            pipe.exists(GateKeys(limit).batch(batch))
+            pipe.exists(GateKeys(limit).batch(batch.decode()))
         there = await pipe.execute() if limits else []
-    gone = [batch for batch, exists in zip(limits, there, strict=True) if not exists]
+    known = {
+        batch.decode(): limit for (batch, limit), exists in zip(limits.items(), there, strict=True) if exists
+    }
+    gone = [name for name in names if name not in limits or name.decode() not in known]
     if gone:
         await client.hdel(BATCHES, *gone)  # type: ignore[misc]
-    return {batch: limit for batch, limit in limits.items() if batch not in gone}
+    return known
+
+
+class _Where(msgspec.Struct):
+    limit: str
+    flow: str
+
+
+def _where(about: bytes | None) -> _Where | None:
+    """Where a batch belongs, None where that is not known."""
+    try:
+        return msgspec.json.decode(about, type=_Where) if about is not None else None
+    except msgspec.DecodeError:
+        return None
+
+
+def _is_id(name: bytes) -> bool:
+    try:
+        checked_batch(name.decode())
+    except (LimitsError, UnicodeDecodeError):
+        return False
+    return True

@@ -10,11 +10,12 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from limiter.keys import GateKeys
-from worker.contract import FAILED, LOST, Failure, Outcome, decode_outcome
+from worker.contract import FAILED, LOST, STATUSES, Failure, Outcome, decode_outcome
 
 BLOCK_MS = 2000
 READ = 1000
 GATHER_S, LONGEST_GATHER_S = 0.02, 0.5
+MOST_RETRIES = 2**16 - 1
 TOGETHER = 200
 """So many outcomes are worth a read: that is what the time between two reads is for."""
 
@@ -48,7 +49,7 @@ class Ended(msgspec.Struct):
             return Outcome(self.status, failure=Failure("Lost", words))
         try:
             return decode_outcome(self.data)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             return Outcome(
                 FAILED, failure=Failure("CorruptOutcome", "its outcome is not one of PocketFleet's")
             )
@@ -102,19 +103,30 @@ async def outcomes(
 async def read(
     client: Redis, limit: str, batch: str, position: str, block_ms: int | None = BLOCK_MS
 ) -> list[Ended]:
-    """The next outcomes after `position`, at most 1,000; waits up to `block_ms` for one (None: not)."""
+    """The next outcomes after `position`, at most 1,000; waits up to `block_ms` for one (None: not).
+
+    Entries that no worker of ours has written are left out.
+    """
     keys = GateKeys(limit)
-    found = await client.xread({keys.out(batch): position}, count=READ, block=block_ms)
-    return [
-        await _ended(client, keys, batch, place, fields) for place, fields in (found[0][1] if found else [])
-    ]
+    while True:
+        reply = await client.xread({keys.out(batch): position}, count=READ, block=block_ms)
+        entries = reply[0][1] if reply else []
+        found = [await _ended(client, keys, batch, place, fields) for place, fields in entries]
+        if (ours := [each for each in found if each is not None]) or not entries:
+            return ours
+        position = entries[-1][0]
 
 
 async def _ended(
     client: Redis, keys: GateKeys, batch: str, stream_id: bytes, fields: dict[bytes, bytes]
-) -> Ended:
-    index, attempt, status = int(fields[b"i"]), int(fields[b"t"]), fields[b"s"].decode()
-    data = fields[b"o"]
+) -> Ended | None:
+    try:
+        index, attempt = int(fields[b"i"]), int(fields[b"t"])
+        status, data = fields[b"s"].decode(), fields[b"o"]
+    except (KeyError, ValueError):
+        return None
+    if status not in STATUSES or not (0 <= index < 2**63 and 0 <= attempt < 2**63):
+        return None
     if not data and status != LOST:
         data = await client.hget(keys.blobs(batch), f"{index}:{attempt}") or b""  # type: ignore[misc]
     return Ended(index, _retry_of(data), attempt, status, data, stream_id.decode())
@@ -123,6 +135,6 @@ async def _ended(
 def _retry_of(data: bytes) -> int:
     try:
         found = _retries.decode(data).retry if data else None
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         found = None
-    return -1 if found is None else found
+    return found if found is not None and 0 <= found <= MOST_RETRIES else -1

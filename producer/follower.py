@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 
 from limiter.keys import GateKeys
 from producer.facts import Facts, read_facts
-from producer.follow import BLOCK_MS, Ended, gather_s, read
+from producer.follow import BLOCK_MS, MOST_RETRIES, Ended, gather_s, read
 from producer.journal import Journal
 from worker.contract import job_id
 
@@ -225,7 +225,11 @@ async def catch_up(client: Redis, limit: str, batch: str, journal: Journal) -> F
         position = found[-1].position
     if journal.epoch == facts.epoch:
         asked = await client.hgetall(GateKeys(limit).retries(batch))  # type: ignore[misc]
-        journal.learn((int(index), int(number)) for index, number in asked.items())
+        journal.learn(
+            (int(index), int(number))
+            for index, number in asked.items()
+            if index.isdigit() and number.isdigit() and int(number) <= MOST_RETRIES
+        )
     return facts
 
 

@@ -174,7 +174,7 @@ async def _bytes_of_job(client: Redis, keys: GateKeys, flow: str) -> int:
         return 0
     async with client.pipeline(transaction=False) as pipe:
         for job in some:
-            pipe.memory_usage("arq:job:" + job.decode())
+            pipe.memory_usage(b"arq:job:" + job)
         sizes = [size for size in await pipe.execute(raise_on_error=False) if isinstance(size, int)]
         queue = await client.memory_usage(keys.queue(flow)) or 0
     waiting = await client.zcard(keys.queue(flow)) or 1

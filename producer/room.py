@@ -15,6 +15,7 @@ from redis.exceptions import OutOfMemoryError
 from limiter.keys import GateKeys
 from limiter.view import read_gate
 from producer.errors import ProducerError
+from producer.facts import count_of
 from producer.memory import Memory, read_memory
 from producer.spool import Spool
 from producer.texts import duration, size_text
@@ -157,7 +158,7 @@ class Room:
             pipe.zcard(keys.queue(self._spool.flow))
             pipe.hget(keys.batch(self._spool.batch), "left")
             waiting, left = await pipe.execute()
-        return int(waiting), int(left or 0)
+        return int(waiting), count_of(left)
 
     async def _goes_on(self) -> bool:
         """Whether runs are at work, or paused: what somebody paused goes on when they say so."""

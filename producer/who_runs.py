@@ -5,6 +5,7 @@ from __future__ import annotations
 from redis.asyncio import Redis
 
 from limiter.keys import GateKeys
+from producer.facts import count_of
 from worker.presence import living_workers
 
 
@@ -29,7 +30,7 @@ async def others_first(client: Redis, limit: str, flow: str, batch: str) -> str:
     keys = GateKeys(limit)
     waiting = await client.zcard(keys.queue(flow))
     own = await client.hget(keys.batch(batch), "left")  # type: ignore[misc]
-    others = waiting - int(own or 0)
+    others = waiting - count_of(own)
     if others <= 0:
         return ""
     items = "1 item" if others == 1 else f"{others} items"

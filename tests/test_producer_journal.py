@@ -15,8 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from limiter.keys import GateKeys
+from limiter.keys import BATCHES, GateKeys
 from producer.errors import InputError, ProducerError
+from producer.facts import known_batches
 from producer.follow import Ended
 from producer.follower import Follower, catch_up
 from producer.journal import Journal
@@ -333,6 +334,51 @@ async def told_to_redis(client: Any, outcomes: list[Ended]) -> None:
     for each in outcomes:
         fields = {"i": each.index, "t": each.attempt, "s": each.status, "o": each.data}
         await client.xadd(keys.out("b"), fields, id=each.position)
+
+
+async def plant(client: Any) -> None:
+    """What is not ours among what is, in every key that a batch is read from."""
+    keys = GateKeys("users")
+    for number, bad in enumerate(
+        (
+            {"i": "x", "t": 1, "s": "completed", "o": ""},
+            {"i": -1, "t": 1, "s": "completed", "o": ""},
+            {"i": 2**64, "t": 1, "s": "completed", "o": ""},
+            {"i": 1, "t": -4, "s": "failed", "o": ""},
+            {"i": 1, "t": 1, "s": "odd", "o": ""},
+            {"i": 1, "t": 1, "s": b"\xff", "o": ""},
+            {"not": "ours"},
+        )
+    ):
+        await client.xadd(keys.out("b"), bad, id=f"16-{number + 1}")
+    await client.hset(keys.retries("b"), mapping={"1": "many", "2": 70_000, "-1": 1, "odd": 1})
+    await client.hset(keys.batch("b"), mapping={"failed": "many", "aborted": "-7", "created": "1e300"})
+    await client.hset(
+        BATCHES, mapping={"b": '{"limit":"users","flow":"f"}', b"\xff": "{}", "odd": "odd", "../x": "{}"}
+    )
+
+
+def test_what_is_not_ours_in_the_keys_of_a_batch_is_passed_over(tmp_path: Path) -> None:
+    spool = spool_in(tmp_path)
+    deep = Ended(3, -1, 1003, "failed", b"\x82\xa6status\xa6failed\xa6action" + b"\x91" * 100_000, "18-0")
+    too_often = ended(2, retry=70_000, place=2)
+
+    async def go() -> None:
+        client = fakeredis.FakeAsyncRedis(version=7)
+        await plant(client)
+        await told_to_redis(client, [ended(0, place=1), too_often, deep])
+        (facts,) = await known_batches(client)
+        assert (facts.statuses, facts.count, facts.created) == ({}, COUNT, 0.0)
+        assert await client.hkeys(BATCHES) == [b"b"], "the others are dropped"
+        with Journal(spool.home, "b", COUNT) as journal:
+            await catch_up(client, "users", "b", journal)
+            kept = {each.index: each.outcome for each, _ in journal.outcomes()}
+            assert sorted(kept) == [0, 2, 3]
+            assert kept[3].failure is not None and kept[3].failure.type == "CorruptOutcome"
+            assert journal.retries() == []
+        await client.aclose()
+
+    asyncio.run(go())
 
 
 @pytest.mark.parametrize("last_one_is_there", [True, False])
