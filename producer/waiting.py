@@ -96,7 +96,10 @@ async def records(
         spool = known.spool
         async with contextlib.aclosing(_failures(known) if failed else _ended(known)) as found:
             async for ended in found:
-                yield record_of(ended, spool.params(ended.index) if spool is not None else None)
+                if spool is None or ended.index >= spool.count:  # another host has appended it
+                    yield record_of(ended, None)
+                else:
+                    yield record_of(ended, spool.params(ended.index))
         if spool is None:
             print(f"batch {batch} has no spool here, so params are not shown", file=sys.stderr, flush=True)
 

@@ -280,6 +280,22 @@ def test_another_host_goes_on_with_a_batch_by_its_digests_alone(place: Site) -> 
     assert len(lines(place.directory / "out.jsonl")) == 1_600
 
 
+def test_results_show_items_that_another_host_has_appended(place: Site) -> None:
+    words = ("users:flow", "--set", ids(4), "--batch", "b")
+    told(place.pocketfleet("enqueue", *words, "--first", "2"))
+    elsewhere = {"POCKETFLEET_DATA_DIR": "elsewhere"}
+    assert "4 completed" in told(place.pocketfleet("run", *words, "--workers", "1", **elsewhere))
+    shown = [
+        json.loads(line) for line in told(place.pocketfleet("batch", "results", "b", "--json")).splitlines()
+    ]
+    assert sorted((each["index"], each["params"] is not None) for each in shown) == [
+        (0, True),
+        (1, True),
+        (2, False),
+        (3, False),
+    ]
+
+
 def test_an_id_is_one_batchs_alone_also_where_another_flow_or_limit_has_it(place: Site) -> None:
     told(place.pocketfleet("enqueue", "users:flow", "--set", ids(3), "--batch", "b"))
     place.write("others.py", USERS)
