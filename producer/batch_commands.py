@@ -187,7 +187,7 @@ def lost(
         return
     told = asyncio.run(status_of(_settings(), batch))
     _print(as_json, {"batch": batch, "lost": told["lost"]}, lost_sentence(told))
-    raise typer.Exit(1 if told["lost"] or told["lost"] is None else 0)
+    raise typer.Exit(1 if told["lost_items"] or told["lost"] is None else 0)
 
 
 @batches.command()

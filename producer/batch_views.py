@@ -12,7 +12,7 @@ from producer.known import Known, bytes_in_redis, known_batch, redis_at, state_o
 from producer.settings import ProducerSettings
 from producer.spool import Spool
 from producer.texts import size_text
-from worker.contract import STATUSES
+from worker.contract import LOST, STATUSES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 async def status_of(settings: ProducerSettings, batch: str) -> dict[str, Any]:
     """A batch in figures: count, left, missing, one per status, and the items that Redis has lost.
 
-    `lost` is a list of ranges such as '3-7', None where items are lost and nobody here can name them.
+    `lost` is a list of ranges such as '3-7', None where items are lost and nobody here can name them;
+    `lost_items` counts them and those whose recorded outcome is that they were lost.
     """
     async with known_batch(settings, batch) as known:
         return await status_of_known(known)
@@ -47,19 +48,20 @@ async def status_of_known(known: Known) -> dict[str, Any]:
         "left": facts.left if facts else 0,
         "missing": missing,
         "failed_items": sum(statuses.get(status, 0) for status in STATUSES[1:]),
-        "lost": None if lost is None else list(ranges(lost)),
-        "lost_items": 0 if lost is None else len(lost),
         "created": facts.created
         if facts and facts.created
         else (known.spool.created if known.spool else 0.0),
         **statuses,
+        "lost": None if lost is None else list(ranges(lost)),
+        "lost_items": len(lost or ()) + statuses.get(LOST, 0),
     }
 
 
 def sentence_of(told: dict[str, Any]) -> str:
     """Such as `b: 7 of 9 done: 6 completed, 1 failed`, and what is to be done."""
     batch, done = told["batch"], told["count"] - told["left"] - told["missing"]
-    shown = ", ".join(f"{told[key]} {key}" for key in STATUSES if told.get(key))
+    counts = {**told, LOST: told["lost_items"]}
+    shown = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts.get(status))
     sentence = f"{batch}: {done} of {told['count']} done{': ' if shown else ''}{shown}"
     if told["state"] == "lost":
         return f"{sentence}\n{lost_sentence(told)}"
@@ -80,7 +82,10 @@ def lost_sentence(told: dict[str, Any]) -> str:
             "its spool is: in the data directory of the host that enqueued it"
         )
     if not told["lost"]:
-        return f"{batch}: no item is lost"
+        ended = (
+            f"{told['lost_items']} ended as lost; retry what failed: pocketfleet batch retry {batch} --failed"
+        )
+        return f"{batch}: {ended if told['lost_items'] else 'no item is lost'}"
     items = [n for each in told["lost"] for n in _indexes(each)]
     return (
         f"Redis has lost {named(items)} of batch {batch} (those that run may still say so within a lease); "

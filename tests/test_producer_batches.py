@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from arq.constants import job_key_prefix
 
 from limiter.keys import BATCHES, GateKeys
 from tests.fleet import Child, Site, site, until
+from worker.contract import job_id
 
 USERS = """
 import asyncio, os
@@ -255,6 +257,20 @@ def test_without_the_spool_a_loss_is_told_of_the_batch_as_a_whole(place: Site) -
         "Redis has lost batch b or a part of it; its items can be named, and enqueued again, only where"
         in told(wait, 1)
     )
+
+
+def test_an_item_that_ended_as_lost_is_counted_and_can_be_retried(place: Site) -> None:
+    told(place.pocketfleet("enqueue", "users:flow", "--set", ids(4), "--batch", "b"))
+    with place.client() as client:
+        client.delete(job_key_prefix + job_id("users.flow", "b", 3))
+    told(place.pocketfleet("worker", "users:flow", "--burst"))
+    said = "4 of 4 done: 3 completed, 1 lost; retry what failed: pocketfleet batch retry b --failed\n"
+    assert told(place.pocketfleet("batch", "status", "b"), 1) == f"b: {said}"
+    shown = status(place)
+    assert (shown["lost"], shown["lost_items"], shown["failed_items"]) == ([], 1, 1)
+    said = "b: 1 ended as lost; retry what failed: pocketfleet batch retry b --failed\n"
+    assert told(place.pocketfleet("batch", "lost", "b"), 1) == said
+    assert told(place.pocketfleet("batch", "retry", "b", "--failed")).startswith("1 item enqueued again")
 
 
 def test_another_host_goes_on_with_a_batch_by_its_digests_alone(place: Site) -> None:
