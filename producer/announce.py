@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -89,6 +90,13 @@ async def _restore(client: Redis, keys: GateKeys, batch: str, journal: Journal) 
         pipe.set(ours, journal.bitmap(), px=60_000)
         pipe.bitop("OR", keys.done(batch), keys.done(batch), ours)
         pipe.delete(ours)
-        if counts := journal.counts():
+        if counts := _counted_before(journal):
             pipe.hset(keys.batch(batch), mapping=counts)
         await pipe.execute()
+
+
+def _counted_before(journal: Journal) -> dict[str, int]:
+    """How many items ended, by status: those that wait for a retry as they ended before, until it is enqueued."""
+    counts = Counter(journal.counts())
+    counts.update(retry.before for retry in journal.retries() if retry.before)
+    return dict(counts)

@@ -15,15 +15,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from limiter.client import open_retrying_client
 from limiter.keys import BATCHES, GateKeys
+from producer.enqueue import enqueue
 from producer.errors import InputError, ProducerError
-from producer.facts import known_batches
+from producer.facts import Facts, known_batches, read_facts
 from producer.follow import Ended
 from producer.follower import Follower, catch_up
 from producer.journal import Journal
 from producer.lines import LineFile, check_output, csv_line, json_line, record_of
 from producer.spool import Spool
 from producer.spool_writer import SpoolWriter
+from tests import servers
 from worker import codec
 from worker.contract import Failure, Outcome, encode_outcome
 
@@ -334,6 +337,29 @@ async def told_to_redis(client: Any, outcomes: list[Ended]) -> None:
     for each in outcomes:
         fields = {"i": each.index, "t": each.attempt, "s": each.status, "o": each.data}
         await client.xadd(keys.out("b"), fields, id=each.position)
+
+
+def test_what_waits_for_a_retry_when_redis_loses_its_data_lowers_no_other_count(tmp_path: Path) -> None:
+    spool = spool_in(tmp_path)
+
+    async def go(url: str) -> Facts | None:
+        client = open_retrying_client(url)
+        with Journal(spool.home, "b", COUNT) as journal:
+            journal.begin("of a redis that has lost its data")
+            journal.take(
+                ended(n, status="failed" if n in (2, 4) else "completed", place=n) for n in range(COUNT)
+            )
+            journal.ask_again([2, 4])
+            journal.take([ended(2, retry=1, status="failed", place=COUNT)])
+            assert (await enqueue(client, spool, journal=journal)).added == 1
+        facts = await read_facts(client, spool.limit, "b")
+        await client.aclose()
+        return facts
+
+    with servers.running("valkey") as url:
+        facts = asyncio.run(go(url))
+    assert facts is not None
+    assert (facts.statuses, facts.left, facts.done) == ({"completed": COUNT - 2, "failed": 1}, 1, COUNT - 1)
 
 
 async def plant(client: Any) -> None:
