@@ -33,8 +33,9 @@ class Follower:
             ends when Redis says that nothing of it is left.
         lease_s: processes may say again what they run for that long after Redis has lost its data.
         say: hears in a sentence that items are lost.
-        grows: whether items are still being enqueued; until then none is missed, and the batch ends only
-            where it is cancelled or each item has an outcome.
+        grows: whether the caller still enqueues items; until then none is missed, and the batch ends only
+            where it is cancelled or each item has an outcome. What is missing after that is lost. None: somebody
+            else enqueues.
 
     Attributes:
         end: how it ended, once `news` has: every item has an outcome, the batch was cancelled, items were
@@ -53,10 +54,11 @@ class Follower:
         journal: Journal | None = None,
         lease_s: float = 15.0,
         say: Callable[[str], None] = lambda text: None,
-        grows: Callable[[], bool] = lambda: False,
+        grows: Callable[[], bool] | None = None,
     ) -> None:
         self._client = client
-        self._grows = grows
+        self._enqueues = grows is not None
+        self._grows = grows or (lambda: False)
         self._limit = limit
         self._flow = flow
         self._batch = batch
@@ -171,7 +173,7 @@ class Follower:
             if self._journal is not None and not self._read_again:
                 # an outcome that its journal had no use for when it came: of an item appended elsewhere
                 self._read_again, self._drained, self._position = True, False, "0-0"
-            elif forgotten or (facts is not None and facts.enqueued):
+            elif forgotten or self._enqueues or (facts is not None and facts.enqueued):
                 await self._name_lost()
             else:
                 self.end = "stopped"

@@ -407,6 +407,35 @@ def test_what_is_not_ours_in_the_keys_of_a_batch_is_passed_over(tmp_path: Path) 
     asyncio.run(go())
 
 
+@pytest.mark.parametrize("enqueued_here", [True, False])
+def test_what_a_rolled_back_redis_lacks_is_lost_for_whoever_enqueued_it(
+    enqueued_here: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("producer.follower.LOOK_IDLE_S", 0.01)
+    monkeypatch.setattr("producer.follower.LOOK_BUSY_S", 0.01)
+    monkeypatch.setattr("producer.follower.BLOCK_MS", 10)
+    spool = spool_in(tmp_path)
+
+    async def go() -> Follower:
+        client = fakeredis.FakeAsyncRedis(version=7)
+        await told_to_redis(client, [ended(0, place=1)])
+        await client.hdel(GateKeys("users").batch("b"), "enqueued")
+        await client.delete(GateKeys("users").done("b"))
+        await client.setbit(GateKeys("users").done("b"), 0, 1)
+        with Journal(spool.home, "b", COUNT) as journal:
+            await catch_up(client, "users", "b", journal)
+            grows = (lambda: False) if enqueued_here else None
+            follower = Follower(client, "users", "f", "b", journal=journal, lease_s=0.0, grows=grows)
+            async with asyncio.timeout(30):
+                assert [each.index async for some in follower.news() for each in some] == [0]
+        await client.aclose()
+        return follower
+
+    follower = asyncio.run(go())
+    rest = list(range(1, COUNT))
+    assert (follower.end, follower.lost) == (("lost", rest) if enqueued_here else ("stopped", []))
+
+
 @pytest.mark.parametrize("last_one_is_there", [True, False])
 def test_an_outcome_that_had_no_use_when_it_came_is_found_again_or_named_as_lost(
     last_one_is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
