@@ -95,7 +95,8 @@ class Spool:
     @staticmethod
     def exists(data_dir: str | Path, batch: str) -> bool:
         """Whether `open` would find a spool."""
-        return batch_dir(data_dir, batch).is_dir()
+        with said(batch):
+            return batch_dir(data_dir, batch).is_dir()
 
     def use(self, meta: Meta) -> None:
         """Go on as `meta` says: more items stand in the files now."""

@@ -418,6 +418,19 @@ def test_a_missing_or_damaged_spool_is_said_in_a_sentence(tmp_path: Path) -> Non
         Spool.open(tmp_path, "b1")
 
 
+def test_a_spool_of_another_user_is_said_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def theirs(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", theirs)
+    with pytest.raises(
+        SpoolError, match=r"^the spool of batch 'b1' cannot be used: permission denied \(.*b1\)"
+    ):
+        Spool.exists(tmp_path, "b1")
+
+
 @pytest.mark.parametrize("size", [0, 100, 4_196, 30_000])
 def test_keys_that_are_not_whole_are_said_in_a_sentence(tmp_path: Path, size: int) -> None:
     items = [b"x"] * 2_000
