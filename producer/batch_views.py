@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from limiter.printable import printable
+from producer.errors import SpoolError
 from producer.facts import known_batches
 from producer.follower import mend, named, ranges
 from producer.known import Known, bytes_in_redis, known_batch, redis_at, state_of
@@ -121,34 +125,30 @@ async def listed(settings: ProducerSettings) -> list[dict[str, Any]]:
 
 
 def _only_here(settings: ProducerSettings, others: set[Any]) -> list[dict[str, Any]]:
-    rows = []
-    for home in sorted((settings.data_dir / "batches").glob("*/meta.json")):
-        name = home.parent.name
-        if "+" not in name and name not in others:
-            spool = Spool.open(settings.data_dir, name)
-            rows.append(
-                {
-                    "batch": name,
-                    "flow": spool.flow,
-                    "state": "only on disk",
-                    "count": spool.count,
-                    "left": 0,
-                    "bytes_in_redis": 0,
-                    "bytes_on_disk": bytes_of(home.parent),
-                    "created": spool.created,
-                }
-            )
-    return rows
+    homes = [meta.parent for meta in sorted((settings.data_dir / "batches").glob("*/meta.json"))]
+    return [_row_of(home) for home in homes if "+" not in home.name and home.name not in others]
+
+
+def _row_of(home: Path) -> dict[str, Any]:
+    """A batch that Redis does not know; a folder that holds no whole spool hides no other one."""
+    row = {"batch": home.name, "flow": "", "state": "damaged", "count": 0, "created": 0.0}
+    with contextlib.suppress(SpoolError), Spool(home) as spool:
+        row |= {"flow": spool.flow, "state": "only on disk", "count": spool.count, "created": spool.created}
+    return {**row, "left": 0, "bytes_in_redis": 0, "bytes_on_disk": bytes_of(home)}
 
 
 def bytes_of(directory: Path) -> int:
-    """Bytes of the files of a directory."""
-    if not directory.is_dir():
-        return 0
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    """Bytes of the files of a directory, of those that can be seen."""
+    size = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(OSError):  # gone meanwhile
+                size += os.path.getsize(os.path.join(folder, name))
+    return size
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -159,14 +159,14 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         ended = sum(row.get(status, 0) for status in STATUSES)
         table.add_row(
-            row["batch"],
+            escape(printable(row["batch"])),
             row["flow"],
             row["state"],
             f"{ended}/{row['count']}",
             str(ended - row.get(STATUSES[0], 0)),
             size_text(row["bytes_in_redis"]),
             size_text(row["bytes_on_disk"]),
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"])),
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"])) if row["created"] else "-",
         )
     return table
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -310,6 +311,19 @@ def test_results_show_items_that_another_host_has_appended(place: Site) -> None:
         (2, False),
         (3, False),
     ]
+
+
+def test_a_folder_that_is_no_batchs_hides_no_batch_in_the_list(place: Site) -> None:
+    told(place.pocketfleet("enqueue", "users:flow", "--set", ids(3), "--batch", "b"))
+    batches = place.directory / ".pocketfleet/batches"
+    for name in ("b.bak", "b [red]copy"):
+        shutil.copytree(batches / "b", batches / name)
+    with place.client() as client:
+        client.flushall()
+    shown = told(place.pocketfleet("batch", "list"))
+    assert [line.split("  ")[0] for line in shown.splitlines()[1:]] == ["b [red]copy", "b.bak", "b"]
+    rows = json.loads(told(place.pocketfleet("batch", "list", "--json")))
+    assert [row["state"] for row in rows] == ["damaged", "damaged", "only on disk"]
 
 
 def test_an_id_is_one_batchs_alone_also_where_another_flow_or_limit_has_it(place: Site) -> None:
