@@ -12,7 +12,7 @@ from limiter.errors import LimitsError
 from limiter.keys import BATCHES, GateKeys
 from producer.errors import SpoolError
 from producer.spool import Spool
-from worker.contract import LOST, STATUSES, checked_batch
+from worker.contract import FOUND_NAME, LOST, STATUSES, checked_batch
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ async def read_facts(client: Redis, limit: str, batch: str, *, digests: bool = F
     return Facts(
         batch=batch,
         limit=limit,
-        flow=text["flow"],
+        flow=text["flow"] if FOUND_NAME.fullmatch(text["flow"]) else "",
         count=count,
         left=counts["left"],
         done=done,
@@ -174,9 +174,11 @@ class _Where(msgspec.Struct):
 def _where(about: bytes | None) -> _Where | None:
     """Where a batch belongs, None where that is not known."""
     try:
-        return msgspec.json.decode(about, type=_Where) if about is not None else None
+        where = msgspec.json.decode(about, type=_Where) if about is not None else None
     except msgspec.DecodeError:
         return None
+    whole = where is not None and FOUND_NAME.fullmatch(where.flow) and FOUND_NAME.fullmatch(where.limit)
+    return where if whole else None
 
 
 def _is_id(name: bytes) -> bool:

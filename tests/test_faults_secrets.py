@@ -140,7 +140,11 @@ def test_names_and_texts_planted_in_redis_are_shown_escaped_and_break_no_command
             client.hset(keys.gate, f"p:{EVIL}", "1 0 1 0 - 0 0 9999999999999999 0 1")
             client.set("pocketfleet:{" + EVIL + "}:gate", "x")
             client.hset(BATCHES, EVIL, "{}")
+            for name, flow in (("odd", EVIL), ("plain", "faulty:flow")):
+                client.hset(BATCHES, name, json.dumps({"limit": faults.LIMIT, "flow": flow}))
+                client.hset(keys.batch(name), mapping={"flow": EVIL, "key": EVIL, "epoch": EVIL, "count": 1})
         commands = (["workers"], ["limits", "show"], ["limits", "show", faults.LIMIT])
+        commands += (["batch", "list"],)
         commands += (["limits", "holders", faults.LIMIT], ["limits", "doctor", faults.LIMIT])
         for words in commands:
             shown = here.pocketfleet(*words)
