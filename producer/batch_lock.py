@@ -26,14 +26,18 @@ class BatchLock:
 
     def __init__(self, data_dir: str | Path, batch: str) -> None:
         home = batch_dir(data_dir, batch)
+        path = home.with_name(batch + "+lock")
         with said(batch):
             make_batches(home.parent)
-            self._fd = os.open(home.with_name(batch + "+lock"), os.O_RDWR | os.O_CREAT, 0o600)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             try:
-                if flock(self._fd):
-                    os.ftruncate(self._fd, 0)
-                    os.pwrite(self._fd, str(os.getpid()).encode(), 0)
-                    return
+                while flock(self._fd):
+                    if _is_at(path, self._fd):
+                        os.ftruncate(self._fd, 0)
+                        os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+                        return
+                    self.release()  # who held it has deleted it with the batch
+                    self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
                 pid = os.pread(self._fd, 20, 0).decode() or "unknown"
             except OSError:
                 self.release()
@@ -55,3 +59,11 @@ class BatchLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def _is_at(path: Path, fd: int) -> bool:
+    """Whether the open file still stands there."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False

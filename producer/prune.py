@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from pathlib import Path
@@ -29,21 +30,18 @@ async def prune_batches(settings: ProducerSettings, ids: list[str]) -> list[dict
         SpoolError: a batch that is named is not over, or nobody knows it.
     """
     async with redis_at(settings) as (client, _):
-        for batch in ids:
-            await _delete_from_redis(client, settings, batch)
-        homes = [settings.data_dir / "batches" / batch for batch in ids] or _homes(settings)
         gone = []
-        for home in homes:
-            if ids or await _is_due(client, settings, home):
-                gone.append({"batch": home.name, "bytes_on_disk": _delete_here(settings, home)})
+        for home in [settings.data_dir / "batches" / batch for batch in ids] or _homes(settings):
+            size = await (_delete_named if ids else _delete_if_due)(client, settings, home)
+            if size is not None:
+                gone.append({"batch": home.name, "bytes_on_disk": size})
     return gone
 
 
 async def sweep(client: Redis, settings: ProducerSettings) -> None:
     """What every enqueue does first: manifests whose lifetime is over leave the disk."""
     for home in _homes(settings):
-        if await _is_due(client, settings, home):
-            _delete_here(settings, home)
+        await _delete_if_due(client, settings, home)
 
 
 def _homes(settings: ProducerSettings) -> list[Path]:
@@ -51,28 +49,35 @@ def _homes(settings: ProducerSettings) -> list[Path]:
     return [meta.parent for meta in found if "+" not in meta.parent.name]
 
 
-async def _is_due(client: Redis, settings: ProducerSettings, home: Path) -> bool:
-    """Whether every item has ended, the last one long ago; a batch with items left is never due."""
+async def _delete_if_due(client: Redis, settings: ProducerSettings, home: Path) -> int | None:
+    """Its bytes, None where it stays: every item has to have ended, the last one long ago."""
+    if time.time() - _last_written(home) <= settings.keep_s:
+        return None
     try:
-        if time.time() - _last_written(home) <= settings.keep_s:
-            return False
-        spool = Spool(home)
-        with (
-            BatchLock(settings.data_dir, home.name),
-            Journal(home, home.name, spool.count) as journal,
-        ):
-            facts = await catch_up(client, spool.limit, home.name, journal)
-            return not journal.pending and (facts is None or facts.over)
+        with BatchLock(settings.data_dir, home.name):
+            if not home.exists():  # another producer has deleted it meanwhile
+                _delete_here(settings, home)
+                return None
+            spool = Spool(home)
+            with Journal(home, home.name, spool.count) as journal:
+                facts = await catch_up(client, spool.limit, home.name, journal)
+            over = not journal.pending and (facts is None or facts.over)
+            return _delete_here(settings, home) if over else None
     except (InOtherHands, SpoolError):
-        return False
+        return None
 
 
 def _last_written(home: Path) -> float:
-    return max(path.stat().st_mtime for path in (home / "meta.json", home / "journal") if path.exists())
+    """Seconds since 1970; that of a manifest that is gone has no end."""
+    try:
+        return max(path.stat().st_mtime for path in (home / "meta.json", home / "journal") if path.exists())
+    except (OSError, ValueError):
+        return math.inf
 
 
 def _delete_here(settings: ProducerSettings, home: Path) -> int:
-    """Manifest, logs and lock; returns their bytes. What a kill leaves of it is no batch any more."""
+    """Manifest, logs and lock, which the caller holds; returns their bytes. What a kill leaves of it is no batch
+    any more."""
     size = bytes_of(home)
     if home.exists():
         dying = home.with_name(f"+writing.gone.{home.name}")
@@ -86,7 +91,8 @@ def _delete_here(settings: ProducerSettings, home: Path) -> int:
     return size
 
 
-async def _delete_from_redis(client: Redis, settings: ProducerSettings, batch: str) -> None:
+async def _delete_named(client: Redis, settings: ProducerSettings, home: Path) -> int:
+    batch = home.name
     limit, _ = await find_batch(client, batch, settings.data_dir)
     facts = await read_facts(client, limit, batch)
     if facts is not None and not facts.over:
@@ -97,3 +103,4 @@ async def _delete_from_redis(client: Redis, settings: ProducerSettings, batch: s
     with BatchLock(settings.data_dir, batch):
         await client.unlink(*GateKeys(limit).of_batch(batch))
         await client.hdel(BATCHES, batch)  # type: ignore[misc]
+        return _delete_here(settings, home)

@@ -22,8 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from limiter.errors import LimitsError
+from producer import disk
 from producer.announce import announce
-from producer.batch_lock import BatchLock
+from producer.batch_lock import BatchLock, InOtherHands
 from producer.errors import ParamsError, SpoolError
 from producer.facts import Facts
 from producer.item_keys import key_of
@@ -31,6 +32,8 @@ from producer.journal import Journal
 from producer.lines import LineFile
 from producer.manifest import continued, same_as_announced
 from producer.params import checked_params
+from producer.prune import sweep
+from producer.settings import ProducerSettings
 from producer.spool import Spool, digest
 from producer.spool_writer import SpoolGrowth, SpoolWriter
 from worker import codec
@@ -382,6 +385,37 @@ def test_two_producers_of_one_batch_refuse_each_other(tmp_path: Path) -> None:
         assert str(refusal.value) == sentence
         BatchLock(tmp_path, "b2").release()
     BatchLock(tmp_path, "b1").release()
+
+
+def test_a_lock_that_was_deleted_with_its_batch_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruned = iter([True])
+
+    def flock(fd: int) -> bool:
+        if next(pruned, False):  # between the opening of the file and its lock
+            (tmp_path / "batches" / "b1+lock").unlink()
+        return disk.flock(fd)
+
+    monkeypatch.setattr("producer.batch_lock.flock", flock)
+    with BatchLock(tmp_path, "b1"), pytest.raises(InOtherHands):
+        BatchLock(tmp_path, "b1")
+
+
+def test_producers_that_sweep_at_the_same_time_leave_each_other_in_peace(tmp_path: Path) -> None:
+    here = ProducerSettings(data_dir=tmp_path)
+    for number in range(5):
+        with SpoolWriter(tmp_path, f"b{number}", "f", "l") as writer:
+            os.utime(writer.finish(b"").home / "meta.json", (1, 1))
+
+    async def go() -> None:
+        clients = [fakeredis.FakeAsyncRedis(version=7) for _ in range(4)]
+        await asyncio.gather(*(sweep(client, here) for client in clients))
+        for client in clients:
+            await client.aclose()
+
+    asyncio.run(go())
+    assert list((tmp_path / "batches").iterdir()) == []
 
 
 @pytest.mark.parametrize("batch", ["", "..", ".", "a/b", "../a", "a\n", "ä", "a" * 129, "a+lock"])
