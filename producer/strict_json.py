@@ -43,7 +43,7 @@ def _finite(text: str) -> float:
 
 
 def _refuse_constant(text: str) -> NoReturn:
-    raise NotJson(f"{text} is not a finite number; use null or text", ours=True)
+    raise NotJson(f"{text:.40} is not a finite number; use null or text", ours=True)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

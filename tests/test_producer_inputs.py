@@ -171,6 +171,8 @@ def test_one_key_set_twice_is_refused() -> None:
 def test_very_long_numbers_and_deep_nests_are_refused_in_a_sentence() -> None:
     with pytest.raises(InputError, match=r"too many digits; write it as text$"):
         parse_set(["a=" + "1" * 5_000])
+    with pytest.raises(InputError, match=r": 1{40} is not a finite number; use null or text$"):
+        parse_set(["a=" + "1" * 4_000 + ".5"])
     with pytest.raises(InputError, match=r"nested too deep; flatten it$"):
         parse_set(["a=" + "[" * 100_000])
 
