@@ -79,6 +79,12 @@ class _Text(str):
         ({"a": ["\ud800"]}, "'a'[0]", ": 'a'[0] holds a lone surrogate, which is not text"),
         ({1: 2}, "", ": the key 1 is of type int, not str; use text keys"),
         ({_Text("a"): 2}, "", ": the key 'a' is of type _Text, not str; use text keys"),
+        ({"\ud800": 2}, "", ": it has the key '\\ud800', which holds a lone surrogate; use text keys"),
+        (
+            {"a": {"\ud800": 2}},
+            "'a'",
+            ": 'a' has the key '\\ud800', which holds a lone surrogate; use text keys",
+        ),
         ({"a": {(1,): 2}}, "'a'", ": 'a' has the key (1,), a tuple; use text keys"),
         (None, "", " is of type NoneType, not dict; pass one dict of params per item"),
         ([1], "", " is of type list, not dict; pass one dict of params per item"),

@@ -84,6 +84,10 @@ def blame(value: Any, path: str, depth: int) -> None:
         for key, item in value.items():
             if type(key) not in _SCALARS:
                 raise CannotTravel(path, f"has the key {key!r:.80}, a {type(key).__name__}; use text keys")
+            if type(key) is str and not _is_text(key):
+                raise CannotTravel(
+                    path, f"has the key {key!r:.80}, which holds a lone surrogate; use text keys"
+                )
             blame(item, f"{path}[{key!r}]" if path else repr(key), depth + 1)
     elif kind in (list, tuple):
         for place, item in enumerate(value):
@@ -95,12 +99,18 @@ def blame(value: Any, path: str, depth: int) -> None:
     elif kind is int and not -(2**63) <= value < 2**64:
         raise CannotTravel(path, "is an integer past 64 bits; pass it as text")
     elif kind is str:
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise CannotTravel(path, "holds a lone surrogate, which is not text") from None
+        if not _is_text(value):
+            raise CannotTravel(path, "holds a lone surrogate, which is not text")
     elif kind not in _SCALARS:
         raise CannotTravel(
             path,
             f"is a {kind.__name__}, which cannot travel; pass plain values (text, numbers, lists, dicts)",
         )
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
