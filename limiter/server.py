@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import shlex
 import socket
 import stat
 import subprocess
@@ -127,9 +128,13 @@ def serve(home: Home) -> None:
                 os.close(lock)
             started = True
         time.sleep(0.005)
-    raise RedisRefused(
-        f"the server in {home.dir} does not answer within {START_S:g} s ({_last_words(home)}): {_mend(home)}"
-    )
+    silent = f"the server in {home.dir} does not answer within {START_S:g} s"
+    if not home.socket().exists():
+        raise RedisRefused(
+            f"{silent}: its socket {home.socket()} is gone, so nobody reaches it; end it, "
+            f"kill $(cat {shlex.quote(str(home.dir / 'valkey.pid'))}), and start again"
+        )
+    raise RedisRefused(f"{silent} ({_last_words(home)}): {_mend(home)}")
 
 
 def _mend(home: Home) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -312,6 +313,26 @@ def test_hanging_server_is_refused_and_never_doubled(data: Path, monkeypatch: py
                 embedded.join_or_start(data)
         finally:
             os.kill(pid, signal.SIGCONT)
+
+
+def test_server_whose_socket_was_deleted_says_how_it_is_ended(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use = embedded.join_or_start(data)
+    monkeypatch.setattr(server, "START_S", 0.5)
+    monkeypatch.setattr(server, "STOP_S", 0.1)
+    ask(use.url, "set", "kept", 1)
+    Path(use.url.removeprefix("unix://")).unlink()
+    with pytest.raises(RedisRefused, match=r"redis\.sock is gone, so nobody reaches it; end it, ") as refusal:
+        embedded.join_or_start(data)
+    use.close()
+    (kill,) = re.findall(r"kill \$\(cat .*\)", str(refusal.value))
+    subprocess.run(["sh", "-c", kill], check=True)
+    while lives(data):
+        time.sleep(0.01)
+    monkeypatch.undo()
+    with embedded.join_or_start(data) as again:
+        assert ask(again.url, "get", "kept") == "1"
 
 
 def test_own_environment_does_not_live_on_in_the_server(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
