@@ -11,6 +11,7 @@ from redis.exceptions import RedisError
 
 from limiter.keys import GateKeys
 from worker.contract import FAILED, LOST, STATUSES, Failure, Outcome, decode_outcome
+from worker.difference import is_tree
 
 BLOCK_MS = 2000
 READ = 1000
@@ -48,11 +49,13 @@ class Ended(msgspec.Struct):
             )
             return Outcome(self.status, failure=Failure("Lost", words))
         try:
-            return decode_outcome(self.data)
+            outcome = decode_outcome(self.data)
         except (msgspec.DecodeError, RecursionError):
-            return Outcome(
-                FAILED, failure=Failure("CorruptOutcome", "its outcome is not one of PocketFleet's")
-            )
+            outcome = None
+        if outcome is None or not is_tree(outcome.difference):
+            words = "its outcome is not one of PocketFleet's"
+            return Outcome(FAILED, failure=Failure("CorruptOutcome", words))
+        return outcome
 
 
 class _RetryOnly(msgspec.Struct):

@@ -388,19 +388,20 @@ def test_what_is_not_ours_in_the_keys_of_a_batch_is_passed_over(tmp_path: Path) 
     spool = spool_in(tmp_path)
     deep = Ended(3, -1, 1003, "failed", b"\x82\xa6status\xa6failed\xa6action" + b"\x91" * 100_000, "18-0")
     too_often = ended(2, retry=70_000, place=2)
+    odd = ended(4, place=4, difference={"=": 5})
 
     async def go() -> None:
         client = fakeredis.FakeAsyncRedis(version=7)
         await plant(client)
-        await told_to_redis(client, [ended(0, place=1), too_often, deep])
+        await told_to_redis(client, [ended(0, place=1), too_often, odd, deep])
         (facts,) = await known_batches(client)
         assert (facts.statuses, facts.count, facts.created) == ({}, COUNT, 0.0)
         assert await client.hkeys(BATCHES) == [b"b"], "the others are dropped"
         with Journal(spool.home, "b", COUNT) as journal:
             await catch_up(client, "users", "b", journal)
             kept = {each.index: each.outcome for each, _ in journal.outcomes()}
-            assert sorted(kept) == [0, 2, 3]
-            assert kept[3].failure is not None and kept[3].failure.type == "CorruptOutcome"
+            assert sorted(kept) == [0, 2, 3, 4]
+            assert all(getattr(kept[n].failure, "type", "") == "CorruptOutcome" for n in (3, 4))
             assert journal.retries() == []
         await client.aclose()
 

@@ -74,6 +74,20 @@ def changed(tree: Tree) -> dict[Any, Any]:
     return plain
 
 
+def is_tree(tree: Any) -> bool:
+    """Whether `apply` and `changed` can take it.
+
+    >>> is_tree({"=": {"a": 1}, "{": {"b": {"+": {"c": [2]}}}}), is_tree({"+": {"c": 2}}), is_tree({"{": {"b": 1}})
+    (True, False, False)
+    """
+    if type(tree) is not dict:
+        return False
+    own, gained, merged = (tree.get(section, _NOTHING) for section in (SET, GAIN, MERGE))
+    if not type(own) is type(gained) is type(merged) is dict:
+        return False
+    return all(type(items) is list for items in gained.values()) and all(map(is_tree, merged.values()))
+
+
 def equal(one: Any, other: Any) -> bool:
     """Equal and of the same types all the way down; tuples count as lists, order of keys does not.
 
