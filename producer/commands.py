@@ -191,7 +191,10 @@ def _waited(fleet_run: FleetRun, work: Coroutine[Any, Any, T], *, says_stopped: 
 
 async def _go(fleet_run: FleetRun) -> Any:
     """`go`, which SIGTERM stops as Ctrl-C does."""
+    from worker.forked import let_go_in_forks
+
     task = asyncio.current_task()
     assert task is not None
+    let_go_in_forks()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     return await fleet_run.go()

@@ -142,3 +142,39 @@ def test_no_run_and_no_worker_fails_for_output_that_cannot_be_written(out: str) 
         worker.code()
         if out == "out.txt":
             assert r"[b:1] done \u2713" in (site.directory / out).read_text().splitlines()
+
+
+FORKS = """
+import os, signal, sys, threading
+from worker.forked import let_go_in_forks
+from worker.output import item, prefix_items
+
+prefix_items("INFO")
+let_go_in_forks()
+item.set("b:1")
+print("begun", end="")
+begun, over = threading.Event(), threading.Event()
+
+def in_the_middle():
+    with sys.stdout._turn:
+        begun.set()
+        over.wait()
+
+threading.Thread(target=in_the_middle).start()
+begun.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    print("from the child")
+    os._exit(0)
+_, how = os.waitpid(child, 0)
+over.set()
+print(", it ended with", how)
+"""
+
+
+def test_a_forked_process_prints_though_another_thread_was_just_printing() -> None:
+    with fleet.site({"forks.py": FORKS}) as site:
+        child = site.python("forks.py")
+        assert child.code() == 0, child.output()
+        assert child.output().splitlines() == ["[b:1] from the child", "[b:1] begun, it ended with 0"]

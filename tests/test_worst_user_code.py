@@ -160,3 +160,53 @@ def test_a_run_that_swallows_its_cancellation_ends_at_the_next_node_and_is_hande
         (ended,) = site.ended("worst:stubborn", 1)
         assert ended.outcome.status == "completed"
         assert ended.outcome.attempts == {"tries": 1, "hand_backs": 1}
+
+
+FORKS = """
+import asyncio, multiprocessing, os, signal, sys, time
+from ledger import note, noted
+from pocketflow import AsyncNode, Node
+from pocketfleet import ThrottledAsyncParallelBatchFlow
+
+class Pooled(Node):
+    def exec(self, _):
+        with multiprocessing.Pool(2) as pool:
+            return pool.map(abs, [-1, -2])
+    def post(self, shared, prep_res, exec_res):
+        shared["made"] = exec_res
+
+class Ended(AsyncNode):
+    async def exec_async(self, _):
+        child = multiprocessing.Process(target=time.sleep, args=(60,))
+        child.start()
+        child.terminate()
+        await asyncio.to_thread(child.join, 30)
+        return child.exitcode
+    async def post_async(self, shared, prep_res, exec_res):
+        shared["made"] = exec_res
+
+class Flow(ThrottledAsyncParallelBatchFlow):
+    name = "forks"
+
+class Forks(AsyncNode):
+    async def post_async(self, shared, prep_res, exec_res):
+        return self.params["how"]
+
+start = Forks()
+start - "pool" >> Pooled()
+start - "ended" >> Ended()
+flow = Flow(start=start)
+"""
+
+
+def test_a_signal_for_a_process_that_a_node_has_forked_does_not_stop_the_worker() -> None:
+    hows = ["pool", "ended"] * 3
+    with fleet.site({"forks.py": FORKS}) as site:
+        site.enqueue("forks", [{"how": how} for how in hows])
+        worker = site.pocketfleet("worker", "forks:flow")
+        ended = site.ended("forks", len(hows))
+        assert all(each.outcome.attempts == {} for each in ended), worker.output()
+        made = {each.index: each.outcome.difference["="]["made"] for each in ended}
+        assert made == {n: [1, 2] if how == "pool" else -signal.SIGTERM for n, how in enumerate(hows)}
+        worker.tell(signal.SIGTERM)
+        assert worker.code(20) == 0, worker.output()

@@ -25,6 +25,7 @@ from worker.checkpoint import Saver
 from worker.contained import contained_tasks
 from worker.contract import split_job_id
 from worker.crew import Crew
+from worker.forked import let_go_in_forks
 from worker.frames import Frames
 from worker.registry import ServedFlow, serve
 from worker.run import Run
@@ -152,7 +153,9 @@ def end_with(parent: int) -> None:
 if __name__ == "__main__":
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the worker says when to leave
+        # the worker says when to leave; SIG_IGN would be inherited by what a node starts
+        signal.signal(number, lambda *_: None)
+    let_go_in_forks()
     output.prefix_items(load(WorkerSettings).log_level)
     asyncio.run(main(int(sys.argv[1]), sys.argv[2], float(sys.argv[3])))
     sys.stdout.flush()

@@ -27,6 +27,7 @@ from worker import output
 from worker.client import arq_settings
 from worker.errors import TargetError, WorkerError
 from worker.fleet_worker import FleetWorker, see_through
+from worker.forked import let_go_in_forks
 from worker.lifeline import watch_lifeline
 from worker.presence import health_key
 from worker.registry import ServedFlow, check_shadows, said, serve
@@ -118,6 +119,7 @@ async def _take_over(ctx: dict[Any, Any], settings: Settings, place: Place) -> N
         end(error)
     adopt(process)
     output.prefix_items(settings.log_level)
+    let_go_in_forks()
     worker = FleetWorker(
         process,
         served,

@@ -75,6 +75,11 @@ class ItemPrefix:
                 self._put(("" if begun else self._mark(tag)) + plain(held) + "\n")
                 self._put_out()
 
+    def forked(self) -> None:
+        """In a process that was forked: nobody else is at it there, and what others have begun is not its own."""
+        self._turn = threading.RLock()
+        self._begun.clear()
+
     def _put(self, text: str) -> None:
         # whoever listened was killed, the log's disk is full: no run and no worker fails for that
         with contextlib.suppress(OSError):
@@ -102,6 +107,12 @@ def end_lines() -> None:
         if stream.has_begun(tag):
             with contextlib.suppress(OSError, ValueError):  # a full disk, a closed stream
                 stream.end(tag)
+
+
+def forked() -> None:
+    """A process that was forked from this one begins."""
+    for stream in _prefixed:
+        stream.forked()
 
 
 class _OneLine(logging.Formatter):
