@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import os
 import re
 import sys
@@ -17,6 +18,8 @@ from worker.lifeline import VARIABLE
 
 MOST_DEATHS = 20
 START_S = 60.0
+SILENT_S, LAST_WORDS_S = 0.5, 10.0
+"""A worker that has ended is heard until nothing has come for so long, and for so long at most."""
 
 
 class LocalWorkers:
@@ -46,6 +49,7 @@ class LocalWorkers:
         self._say = say
         self._item = re.compile(rf"\[{re.escape(batch)}:(\d+)\] ")
         self._last: dict[int, str] = {}
+        self._heard: dict[int, int] = {}
         self._reading, self._writing = os.pipe()
         self._env = {
             **os.environ,
@@ -134,24 +138,53 @@ class LocalWorkers:
 
     async def _live(self, number: int, log: IO[bytes]) -> int:
         command = [sys.executable, "-m", "pocketfleet", "worker", self._target]
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env=self._env,
-            pass_fds=[self._reading],
-            start_new_session=True,
-            limit=2**20,
+        # a pipe of our own: asyncio's `wait` waits for the end of its pipes too, which what a node has
+        # started and left behind may keep open
+        reading, writing = os.pipe()
+        stream = asyncio.StreamReader(limit=2**20)
+        pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(stream), io.FileIO(reading)
         )
-        self._processes[number] = process
-        if self._stopping:  # `stop` came while it was being started
-            process.terminate()
-        assert process.stdout is not None
-        while line := await _line(process.stdout):
+        hearing = asyncio.create_task(self._listen(number, stream, log))
+        try:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *command,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=writing,
+                    stderr=asyncio.subprocess.STDOUT,
+                    env=self._env,
+                    pass_fds=[self._reading],
+                    start_new_session=True,
+                )
+            finally:
+                os.close(writing)
+            self._processes[number] = process
+            if self._stopping:  # `stop` came while it was being started
+                process.terminate()
+            ending = asyncio.create_task(process.wait())
+            await asyncio.wait((ending, hearing), return_when=asyncio.FIRST_COMPLETED)
+            if not hearing.done():
+                await self._last_words(number, hearing)
+            if hearing.done():
+                hearing.result()
+            return await ending
+        finally:
+            hearing.cancel()
+            pipe.close()
+
+    async def _listen(self, number: int, stream: asyncio.StreamReader, log: IO[bytes]) -> None:
+        while line := await _line(stream):
             self._write(log, line)
             self._hear(number, line)
-        return await process.wait()
+
+    async def _last_words(self, number: int, hearing: asyncio.Task[None]) -> None:
+        """What it wrote before its end: all of it, or, where others have its pipe, until they are silent."""
+        for _ in range(round(LAST_WORDS_S / SILENT_S)):
+            heard = self._heard.get(number)
+            await asyncio.wait([hearing], timeout=SILENT_S)
+            if hearing.done() or self._heard.get(number) == heard:
+                return
 
     def _write(self, log: IO[bytes], line: bytes) -> None:
         """A log that takes no more is said once: who reads no pipe stops the worker that writes into it."""
@@ -163,6 +196,7 @@ class LocalWorkers:
                 self._say(f"{_unwritable(Path(log.name), error)}; what workers print is not kept there")
 
     def _hear(self, number: int, line: bytes) -> None:
+        self._heard[number] = self._heard.get(number, 0) + 1
         text = plain(line.decode(errors="replace").rstrip("\r\n"))
         self._last[number] = text or self._last.get(number, "")
         if text.startswith(UNSAID):
