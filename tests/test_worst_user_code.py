@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections import Counter
@@ -210,3 +211,37 @@ def test_a_signal_for_a_process_that_a_node_has_forked_does_not_stop_the_worker(
         assert made == {n: [1, 2] if how == "pool" else -signal.SIGTERM for n, how in enumerate(hows)}
         worker.tell(signal.SIGTERM)
         assert worker.code(20) == 0, worker.output()
+
+
+LEAVES_BEHIND = """
+import asyncio, subprocess
+from concurrent.futures import ProcessPoolExecutor
+from ledger import note
+from pocketflow import AsyncNode
+from pocketfleet import ThrottledAsyncParallelBatchFlow
+
+pool = ProcessPoolExecutor(2)
+
+class Left(AsyncNode):
+    async def exec_async(self, _):
+        note("left", subprocess.Popen(["sleep", "300"]).pid)
+        return await asyncio.get_running_loop().run_in_executor(pool, abs, -1)
+
+class Flow(ThrottledAsyncParallelBatchFlow):
+    async def prep_async(self, shared):
+        return [{}]
+
+flow = Flow(start=Left())
+"""
+
+
+def test_a_run_ends_though_nodes_have_left_processes_and_a_pool_behind() -> None:
+    with fleet.site({"leaves.py": LEAVES_BEHIND}) as site:
+        run = site.pocketfleet("run", "leaves:flow", "--workers", "1", POCKETFLEET_DRAIN_S=5)
+        try:
+            assert run.code() == 0
+            assert "1 completed" in run.output()
+            assert fleet.processes_in(site.directory) == list(site.ledger.items("left")), "the pool has ended"
+        finally:
+            for pid in site.ledger.items("left"):
+                os.kill(int(pid), signal.SIGKILL)

@@ -48,13 +48,20 @@ def worker(
     settings = load(WorkerSettings)
     serve(targets(settings), settings.lease_s)  # refuse a wrong target before anything is opened
     run_worker(settings_class())
-    leave_threads()
+    leave_the_rest()
 
 
-def leave_threads() -> None:
-    """End the process now if user code left threads behind, which Python would wait for without end."""
-    if all(each.daemon for each in threading.enumerate() if each is not threading.main_thread()):
+def leave_the_rest() -> None:
+    """End the process now if user code left threads or processes (a pool's) behind, which Python would wait for
+    without end."""
+    from multiprocessing import active_children
+
+    children = active_children()
+    threads = [each for each in threading.enumerate() if each is not threading.main_thread()]
+    if not children and all(each.daemon for each in threads):
         return
+    for child in children:
+        child.terminate()
     atexit._run_exitfuncs()
     logging.shutdown()
     sys.stdout.flush()
