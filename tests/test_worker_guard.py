@@ -195,6 +195,32 @@ def test_node_that_pickles_itself_arrives_unguarded() -> None:
     assert node.seen == []
 
 
+class Again:
+    def prep(self, shared: Shared) -> list[int]:
+        return [1, 2]
+
+    def post(self, shared: Shared, prep_res: Any, exec_res: Any) -> Any:
+        shared["times"] = shared.get("times", 0) + 1
+        return self.run(shared) if shared["times"] < 3 else "enough"  # type: ignore[attr-defined]
+
+
+class AgainAsync:
+    async def prep_async(self, shared: Shared) -> list[int]:
+        return [1, 2]
+
+    async def post_async(self, shared: Shared, prep_res: Any, exec_res: Any) -> Any:
+        shared["times"] = shared.get("times", 0) + 1
+        return await self.run_async(shared) if shared["times"] < 3 else "enough"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", [Node, BatchNode, AsyncNode, AsyncBatchNode, AsyncParallelBatchNode])
+def test_node_may_run_itself_again(kind: Any) -> None:
+    node = type("Self", (AgainAsync if issubclass(kind, AsyncNode) else Again, kind), {})()
+    shared: Shared = {}
+    assert run(guarded(node), shared) == "enough"
+    assert shared == {"times": 3}
+
+
 def test_refusal_leaves_the_thread_of_a_run_as_it_is() -> None:
     async def main() -> None:
         thread = RunThread()

@@ -50,8 +50,7 @@ class BatchGuard(Guard):
         self.items.open(given)
         results = self.plain_all(given)
         self.items.raise_if_refused()
-        own = self.node.__dict__
-        del own["exec_fallback"], own["_exec"]
+        self.let_go("exec_fallback", "_exec")
         return results
 
     def check(self, error: Exception) -> None:
@@ -112,8 +111,7 @@ class AsyncBatchGuard(AsyncGuard):
             if self.items.hit is not None:
                 await _ended(self.items.siblings)
         self.items.raise_if_refused()
-        own = self.node.__dict__
-        del own["exec_fallback_async"], own["_exec"]
+        self.let_go("exec_fallback_async", "_exec")
         return results
 
     def check(self, error: Exception) -> None:

@@ -36,10 +36,14 @@ class Guard:
         except BaseException as error:
             self.leave(error)
             raise
-        # node and guard hold each other, and would wait for the garbage collector
-        own = self.node.__dict__
-        del own["exec"], own["_run"]
+        self.let_go("exec", "_run")
         return action
+
+    def let_go(self, *methods: str) -> None:
+        """Node and guard hold each other, and would wait for the garbage collector. A node that ran itself again
+        inside its run has been let go of already."""
+        for name in methods:
+            self.node.__dict__.pop(name, None)
 
     def check(self, error: Exception) -> None:
         """Raise `Refused` if `error` is a refusal."""
@@ -94,8 +98,7 @@ class AsyncGuard(Guard):
         except BaseException as error:
             self.leave(error)
             raise
-        own = self.node.__dict__
-        del own["exec_async"], own["_run_async"]
+        self.let_go("exec_async", "_run_async")
         return action
 
 
