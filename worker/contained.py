@@ -23,7 +23,7 @@ def contained_tasks() -> Iterator[None]:
     make: Callable[..., Any] = before or (lambda loop, coro, **given: asyncio.Task(coro, loop=loop, **given))
 
     def factory(loop: asyncio.AbstractEventLoop, coro: Any, **given: Any) -> Any:
-        return make(loop, _contained(coro) if item.get() else coro, **given)
+        return make(loop, _Contained(coro) if item.get() and asyncio.iscoroutine(coro) else coro, **given)
 
     loop.set_task_factory(factory)
     try:
@@ -32,8 +32,32 @@ def contained_tasks() -> Iterator[None]:
         loop.set_task_factory(before)
 
 
-async def _contained(coro: Coroutine[Any, Any, Any]) -> Any:
-    try:
-        return await coro
-    except (SystemExit, KeyboardInterrupt) as error:
-        raise LeftTask from error
+class _Contained(Coroutine[Any, Any, Any]):
+    """Steps a coroutine as its task would. Nothing around it that is left unstarted: a task that is cancelled
+    before its first step tells the user's own coroutine, which else would complain that nobody awaited it."""
+
+    __slots__ = ("_coro",)
+
+    def __init__(self, coro: Coroutine[Any, Any, Any]) -> None:
+        self._coro = coro
+
+    def send(self, value: Any) -> Any:
+        try:
+            return self._coro.send(value)
+        except (SystemExit, KeyboardInterrupt) as error:
+            raise LeftTask from error
+
+    def throw(self, *error: Any) -> Any:
+        try:
+            return self._coro.throw(*error)
+        except (SystemExit, KeyboardInterrupt) as error:
+            raise LeftTask from error
+
+    def close(self) -> None:
+        self._coro.close()
+
+    def __await__(self) -> Any:
+        return self._coro.__await__()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._coro, name)  # cr_frame, __qualname__: what shows a task to people
