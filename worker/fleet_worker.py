@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from limiter.keys import GateKeys
@@ -20,6 +20,8 @@ log = logging.getLogger("pocketfleet.worker")
 
 LOOK_S = 0.5
 """How often a burst worker that has nothing to do looks whether others still have."""
+STOP_S = 5.0
+"""How long `on_worker_stop` of a flow may take in a worker that was told to hurry."""
 
 
 class FleetWorker:
@@ -29,6 +31,9 @@ class FleetWorker:
         drain_s: seconds runs may go on once told to stop; then they are handed back, not counted as tries.
         burst: end by itself when nothing of the flows waits or runs anywhere.
         show_traces: print the whole traceback of a run that fails.
+
+    Attributes:
+        starting: the flow whose `on_worker_start` runs, or has failed; None once all have begun.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class FleetWorker:
         self._burst = burst
         self.show_traces = show_traces
         self.draining = False
+        self.starting: ServedFlow | None = None
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         self.crews: list[Crew] = []
@@ -104,7 +110,9 @@ class FleetWorker:
 
     async def _serve(self) -> None:
         for each in self._served:
-            await each.flow.on_worker_start()
+            self.starting = each
+            await _hook(each.flow.on_worker_start())
+        self.starting = None
         presence = Presence(self._process, self._served, lambda: self.running)
         announcing = asyncio.create_task(presence.announce())
         try:
@@ -153,9 +161,21 @@ class FleetWorker:
         await presence.leave()
         for each in self._served:
             try:
-                await each.flow.on_worker_stop()
+                await self._let_close(each)
             except Exception:
                 log.exception("worker.stop_hook_failed flow=%s", each.name)
+
+    async def _let_close(self, served: ServedFlow) -> None:
+        """Call `on_worker_stop`. Told to hurry, as by a second signal, a worker waits for it no longer than `STOP_S`."""
+        closing = asyncio.create_task(_hook(served.flow.on_worker_stop()))
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait((closing, hurry), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((closing,), timeout=STOP_S)
+        hurry.cancel()
+        if not closing.done():
+            closing.cancel()
+            raise TimeoutError(f"it did not end within {STOP_S:g} s")
+        closing.result()
 
     async def _drain(self) -> None:
         """Let runs finish for the grace, then hand them back; wait until the gate has heard."""
@@ -188,6 +208,17 @@ class FleetWorker:
 
     def _tasks(self) -> list[asyncio.Task[None]]:
         return [run.task for run in self._runs() if run.task is not None]
+
+
+async def _hook(call: Awaitable[None]) -> None:
+    """Await what a hook of a flow does. A task that it has cancelled itself does not pass for our being cancelled."""
+    try:
+        await call
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise RuntimeError("what it awaited was cancelled") from error
 
 
 async def see_through(ending: Coroutine[Any, Any, None], hasten: Callable[[], None] = lambda: None) -> None:

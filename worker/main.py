@@ -134,9 +134,9 @@ async def _take_over(ctx: dict[Any, Any], settings: Settings, place: Place) -> N
     try:
         await worker.run()
     except Exception as error:
-        if worker.crews:
+        if worker.starting is None:
             raise
-        end(TargetError(served[0].target, f"on_worker_start failed: {said(error)}"))
+        end(TargetError(worker.starting.target, f"on_worker_start failed: {said(error)}"))
     finally:
         # the place is left at exit only: arq has still to say its own farewell, or (--watch) goes on
         await see_through(process.close())
