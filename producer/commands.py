@@ -77,7 +77,10 @@ def run(
     """Run a flow over many items: enqueue, start workers, follow, merge."""
     from producer.lines import own_output
     from producer.local_workers import cores
+    from worker.output import prefix_items, prefix_streams
 
+    if workers == 0:
+        prefix_streams()
     fleet_run = _fleet_run(
         target,
         set_,
@@ -93,8 +96,6 @@ def run(
     if fleet_run.output is None:
         fleet_run.output = own_output(fleet_run.settings.data_dir, fleet_run.batch)
     if workers == 0:
-        from worker.output import prefix_items
-
         prefix_items(fleet_run.settings.log_level, fleet_run.batch)
     typer.echo(names(fleet_run), err=True)
     result = _waited(fleet_run, _go(fleet_run))

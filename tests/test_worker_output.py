@@ -156,7 +156,7 @@ print("begun", end="")
 begun, over = threading.Event(), threading.Event()
 
 def in_the_middle():
-    with sys.stdout._turn:
+    with sys.stdout.place.turn:
         begun.set()
         over.wait()
 
@@ -178,3 +178,82 @@ def test_a_forked_process_prints_though_another_thread_was_just_printing() -> No
         child = site.python("forks.py")
         assert child.code() == 0, child.output()
         assert child.output().splitlines() == ["[b:1] from the child", "[b:1] begun, it ended with 0"]
+
+
+def test_what_runs_flush_before_its_line_ends_stays_apart() -> None:
+    out = io.StringIO()
+    place = output.Place()
+    stream, beside = output.ItemPrefix(out, place=place), output.ItemPrefix(out, place=place)
+
+    def say(tag: str, text: str, where: output.ItemPrefix = stream) -> None:
+        def run() -> None:
+            output.item.set(tag)
+            where.write(text)
+            where.flush()
+
+        contextvars.copy_context().run(run)
+
+    say("b:1", ".")
+    say("b:1", ".")
+    say("b:2", ".")
+    say("b:1", "done\n")
+    say("b:2", "!")
+    stream.write("of nobody\n")
+    say("b:2", "50%")
+    say("b:1", "a log line\n", beside)
+    say("b:2", "100%\n")
+    say("b:2", "of one")
+    say("b:2", " run\n", beside)
+    assert out.getvalue().splitlines() == [
+        *("[b:1] ..", "[b:2] .", "[b:1] done", "[b:2] !", "of nobody"),
+        *("[b:2] 50%", "[b:1] a log line", "[b:2] 100%", "[b:2] of one run"),
+    ]
+
+
+OWN_LOGS = """
+import logging, sys
+logging.basicConfig(format="mine: %(message)s", level=logging.INFO)
+from pocketflow import Node
+from pocketfleet import ThrottledAsyncParallelBatchFlow
+
+class Speak(Node):
+    def exec(self, _):
+        logging.info("hello")
+        print("and a print")
+        sys.stdout.close()
+
+class Flow(ThrottledAsyncParallelBatchFlow):
+    max_concurrent_flows = 1
+
+flow = Flow(start=Speak())
+"""
+
+
+def test_lines_of_a_log_that_was_set_up_at_import_say_their_item_too() -> None:
+    with fleet.site({"logs.py": OWN_LOGS}) as site:
+        site.enqueue("logs:flow", [{}, {}])
+        worker = site.pocketfleet("worker", "logs:flow", "--burst")
+        assert worker.code() == 0, worker.output()
+        shown = [line for line in worker.output().splitlines() if "hello" in line or "print" in line]
+        assert shown == [f"[b:{n}] {text}" for n in range(2) for text in ("mine: hello", "and a print")]
+
+
+WITHOUT = """
+import os, sys
+for number in 1, 2:
+    if sys.argv[1] == "closed":
+        os.close(number)
+    else:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+os.execv(sys.executable, [sys.executable, "-m", "pocketfleet", "worker", "logs:flow", "--burst"])
+"""
+
+
+@pytest.mark.parametrize("how", ["closed", "full"])
+def test_a_worker_whose_output_nobody_takes_does_its_work(how: str) -> None:
+    with fleet.site({"logs.py": OWN_LOGS, "without.py": WITHOUT}) as site:
+        site.enqueue("logs:flow", [{}, {}])
+        worker = site.python("without.py", how)
+        ended = site.ended("logs:flow", 2)
+        assert [each.outcome.status for each in ended] == ["completed"] * 2
+        assert worker.code() == 0

@@ -34,6 +34,7 @@ def worker(
     from arq.worker import run_worker
 
     from limiter.settings import load
+    from worker import output
     from worker.main import settings_class, targets
     from worker.registry import check_shadows, serve
     from worker.settings import WorkerSettings
@@ -46,6 +47,7 @@ def worker(
     if burst:
         os.environ["POCKETFLEET_BURST"] = "true"
     settings = load(WorkerSettings)
+    output.prefix_streams()
     serve(targets(settings), settings.lease_s)  # refuse a wrong target before anything is opened
     run_worker(settings_class())
     leave_the_rest()

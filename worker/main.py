@@ -112,6 +112,7 @@ async def wait_drained(ctx: dict[Any, Any]) -> None:
 
 async def _take_over(ctx: dict[Any, Any], settings: Settings, place: Place) -> None:
     """Run our loop until a signal, the lifeline or, in burst, the end of the work."""
+    output.prefix_streams()
     try:
         served = serve(targets(settings), settings.lease_s)
         process = await open_checked(settings, place)

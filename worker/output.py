@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import io
 import logging
+import os
 import sys
 import threading
 from collections.abc import Iterable
@@ -17,34 +18,49 @@ item: contextvars.ContextVar[str] = contextvars.ContextVar("pocketfleet_item", d
 """Batch item of the run that is speaking, for prefixes of prints and logs."""
 
 
+class Place:
+    """Where one or more streams write to.
+
+    Attributes:
+        line: whose line is out there and unfinished; '' if nobody goes on with it, None if there is none.
+    """
+
+    def __init__(self) -> None:
+        self.turn = threading.RLock()
+        self.line: str | None = None
+
+
 class ItemPrefix:
     """A text stream that puts `[batch:index] ` in front of each line written during a run.
 
-    Runs write at the same time, so a line goes out when it is whole, or when it is flushed. Lines of
-    `batch` are marked `[item index] `. What a terminal would obey (colours too) goes out of none.
+    Runs write at the same time, so a line goes out when it is whole, or when it is flushed; what somebody else
+    writes behind a line that was flushed unfinished begins a new one. Lines of `batch` are marked `[item index] `.
+    What a terminal would obey (colours too) goes out of none.
     """
 
-    def __init__(self, stream: TextIO, batch: str = "") -> None:
+    def __init__(self, stream: TextIO, batch: str = "", place: Place | None = None) -> None:
         self._stream = stream
-        self._batch = batch
-        self._turn = threading.RLock()
-        self._begun: dict[str, tuple[str, bool]] = {}  # tag -> text not yet out, whether the line has begun
+        self.batch = batch
+        self.place = place or Place()
+        self._begun: dict[str, list[str]] = {}  # tag -> text not yet out
 
     def write(self, text: str) -> int:
         tag = item.get()
-        if not tag:
-            self._put(plain(text))
-            return len(text)
-        with self._turn:
-            held, begun = self._begun.pop(tag, ("", False))
-            *lines, rest = (held + text).split("\n")
-            marks = ["" if begun else self._mark(tag)] + [self._mark(tag)] * (len(lines) - 1)
-            if lines:
+        with self.place.turn:
+            if not tag:
+                shown = plain(text)
+                self._put(self._new_line(tag) + shown if shown else "")
+                return len(text)
+            first, *more = text.split("\n")
+            self._begun.setdefault(tag, []).append(first)
+            if more:
+                *lines, rest = self._held(tag), *more
+                marks = [self._begin(tag)] + [self._mark(tag)] * (len(lines) - 1)
                 self._put("".join(f"{mark}{plain(line)}\n" for mark, line in zip(marks, lines, strict=True)))
+                self.place.line = None
                 self._put_out()
-                begun = False
-            if rest or begun:
-                self._begun[tag] = rest, begun
+                if rest:
+                    self._begun[tag] = [rest]
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -54,30 +70,44 @@ class ItemPrefix:
     def flush(self) -> None:
         """Put out what the run that calls has not ended with a newline; outside of runs, of all of them."""
         tag = item.get()
-        with self._turn:
+        with self.place.turn:
             for each in [tag] if tag else list(self._begun):
-                held, begun = self._begun.pop(each, ("", False))
-                if held:
-                    self._put(("" if begun else self._mark(each)) + plain(held))
-                if tag and (held or begun):
-                    self._begun[each] = "", True
+                if held := self._held(each):
+                    self._put(self._begin(each) + plain(held))
+                    self.place.line = tag
             self._put_out()
+
+    def close(self) -> None:
+        """The process's own stream stays open: other runs print too."""
+        self.flush()
 
     def has_begun(self, tag: str) -> bool:
         """Whether the run has not ended its last line with a newline. Another thread may put it out meanwhile."""
-        return tag in self._begun
+        return tag in self._begun or self.place.line == tag
 
     def end(self, tag: str) -> None:
         """The run is over: put out what it has not ended with a newline, as a line of its own."""
-        with self._turn:
-            held, begun = self._begun.pop(tag, ("", False))
-            if held or begun:
-                self._put(("" if begun else self._mark(tag)) + plain(held) + "\n")
+        with self.place.turn:
+            held = self._held(tag)
+            if held or self.place.line == tag:
+                self._put(self._begin(tag) + plain(held) + "\n")
+                self.place.line = None
                 self._put_out()
+
+    def _held(self, tag: str) -> str:
+        return "".join(self._begun.pop(tag, ()))
+
+    def _begin(self, tag: str) -> str:
+        """What stands before the run's next words: nothing where it goes on with its line."""
+        return "" if self.place.line == tag else self._new_line(tag) + self._mark(tag)
+
+    def _new_line(self, tag: str) -> str:
+        others, self.place.line = self.place.line not in (None, tag), None
+        return "\n" if others else ""
 
     def forked(self) -> None:
         """In a process that was forked: nobody else is at it there, and what others have begun is not its own."""
-        self._turn = threading.RLock()
+        self.place.turn = threading.RLock()
         self._begun.clear()
 
     def _put(self, text: str) -> None:
@@ -91,7 +121,7 @@ class ItemPrefix:
 
     def _mark(self, tag: str) -> str:
         batch, _, index = tag.rpartition(":")
-        return f"[item {index}] " if batch == self._batch else f"[{tag}] "
+        return f"[item {index}] " if batch == self.batch else f"[{tag}] "
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -140,19 +170,35 @@ LINE_A_REQUEST = ("httpx", "httpx2", "google_genai.models")
 """Libraries that write a line at INFO for every request: thousands here. A level that a user's code sets holds."""
 
 
+def prefix_streams(batch: str = "") -> None:
+    """Prefix stdout and stderr. Before users' modules are imported: a log handler keeps the stream it finds."""
+    out = _prefixing(sys.stdout, batch, None)
+    err = _prefixing(sys.stderr, batch, out.place if _same_place(sys.stdout, sys.stderr) else None)
+    sys.stdout, sys.stderr = _prefixed[:] = out, err
+
+
+def _prefixing(stream: Any, batch: str, place: Place | None) -> ItemPrefix:
+    if isinstance(stream, ItemPrefix):
+        stream.batch = batch
+        return stream
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")  # no run fails for a letter that the locale has not
+    return ItemPrefix(stream or open(os.devnull, "w"), batch, place)  # None where it was closed
+
+
+def _same_place(one: Any, other: Any) -> bool:
+    try:
+        return os.path.sameopenfile(one.fileno(), other.fileno())
+    except (AttributeError, OSError, ValueError):  # closed, or no file
+        return False
+
+
 def prefix_items(log_level: str, batch: str = "") -> None:
     """Prefix stdout and stderr, and show log lines from `log_level` on.
 
     In the process of a `run` (which gives its `batch`) our own news stays unsaid.
     """
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None or isinstance(stream, ItemPrefix):  # None: started without it, `>&-`
-            continue
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # no run fails for a letter that the locale has not
-        setattr(sys, name, ItemPrefix(stream, batch))
-    _prefixed[:] = (each for each in (sys.stdout, sys.stderr) if isinstance(each, ItemPrefix))
+    prefix_streams(batch)
     shown = logging.StreamHandler(sys.stderr)
     shown.setFormatter(_OneLine("%(levelname)s %(name)s %(message)s"))
     logging.basicConfig(level=log_level, handlers=[shown])
