@@ -97,6 +97,21 @@ def test_burst_ends_when_everything_is_done(site: Site) -> None:
     assert "Traceback" not in worker.output()
 
 
+def test_burst_waits_while_redis_stands_still(site: Site) -> None:
+    other = site.arq(TARGET)
+    until(lambda: "worker serves" in other.output())
+    site.enqueue(TARGET, items(1, 12.0))
+    until(lambda: site.ledger.count("start") == 1)
+    burst = site.arq(TARGET, "--burst", POCKETFLEET_LEASE_S=LEASE_S)
+    with site.client() as client:
+        until(lambda: "cmdstat_zcard" in client.info("commandstats"), "it looks what is left")
+        client.execute_command("CLIENT", "PAUSE", "3000", "ALL")
+        client.ping()  # answered when the pause is over
+    assert burst.lives(), burst.output()
+    assert burst.code() == 0, burst.output()
+    assert each_once(site, 1)
+
+
 def test_check_tells_whether_a_worker_of_this_host_lives(site: Site) -> None:
     before = site.arq(TARGET, "--check").code()
     worker = site.arq(TARGET)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
+
+from redis.exceptions import RedisError
 
 from limiter.keys import GateKeys
 from limiter.process import Process
@@ -139,8 +142,11 @@ class FleetWorker:
                 async with asyncio.timeout(LOOK_S if self._burst else None):
                     await self._stopping.wait()
             except TimeoutError:
-                if await self._nothing_left():
-                    return
+                with contextlib.suppress(
+                    RedisError, OSError
+                ):  # Redis is away: nobody knows what is left there
+                    if await self._nothing_left():
+                        return
 
     async def _nothing_left(self) -> bool:
         if self.running:
