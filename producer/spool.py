@@ -72,7 +72,7 @@ class Spool:
     """
 
     def __init__(self, home: Path) -> None:
-        self.home = home
+        self.home = home.absolute()  # with --workers 0 nodes may go to another directory
         self._spool = self._ends = -1
         self.use(_read_meta(home))
         with said(self.batch):

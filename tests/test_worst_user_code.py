@@ -245,3 +245,28 @@ def test_a_run_ends_though_nodes_have_left_processes_and_a_pool_behind() -> None
         finally:
             for pid in site.ledger.items("left"):
                 os.kill(int(pid), signal.SIGKILL)
+
+
+LEAVES_THE_DIRECTORY = """
+import asyncio, os
+from pocketflow import AsyncNode
+from pocketfleet import ThrottledAsyncParallelBatchFlow
+
+class Leave(AsyncNode):
+    async def exec_async(self, _):
+        os.chdir("/")
+
+class Flow(ThrottledAsyncParallelBatchFlow):
+    max_concurrent_flows = 1
+    async def prep_async(self, shared):
+        return [{"n": n} for n in range(3)]
+
+flow = Flow(start=Leave())
+"""
+
+
+def test_a_node_that_goes_to_another_directory_takes_no_line_of_the_output_with_it() -> None:
+    with fleet.site({"leaves.py": LEAVES_THE_DIRECTORY}) as site:
+        run = site.pocketfleet("run", "leaves:flow", "--workers", "0", "--output", "out.jsonl")
+        assert run.code() == 0, run.output()
+        assert len((site.directory / "out.jsonl").read_text().splitlines()) == 3
