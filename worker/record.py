@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from arq.jobs import serialize_result
@@ -14,6 +15,7 @@ from limiter.sync import Entry
 from worker import codec
 from worker.codec import CannotTravel, travels
 from worker.contract import Job, Outcome, encode_outcome, queue_key
+from worker.difference import spelled
 from worker.registry import ServedFlow
 
 if TYPE_CHECKING:
@@ -21,18 +23,40 @@ if TYPE_CHECKING:
 
 LARGE = 64 * 1024
 """An outcome or checkpoint above that many bytes is stored beside the call and only named in it."""
+MOST_BYTES = 500 * 1024 * 1024
+"""A larger outcome is cut: Redis takes no value above 512 MiB, however often it is asked."""
 BLOB_MS = 7 * 24 * 3600 * 1000
 
 
 async def record(run: Run, outcome: Outcome, served: ServedFlow, job: Job) -> None:
     """Hand an outcome to the pump, which records it once if the attempt is still ours."""
     result = _arq_result(run, outcome, served, job) if served.flow.keep_result_s > 0 else None
-    data = encode_outcome(outcome)
+    data = fitted(outcome)
     if len(data) <= LARGE:
         settle(run, outcome.status, data, result)
         return
     await store_beside(run, GateKeys(run.pump.name).blob(run.batch, run.index, run.claimed.attempt), data)
     settle(run, "blob:" + outcome.status, b"", result)
+
+
+def fitted(outcome: Outcome, most: int = MOST_BYTES) -> bytes:
+    """The outcome encoded. Of one that is too large the largest entries are left behind, and named."""
+    data = encode_outcome(outcome)
+    if len(data) <= most:
+        return data
+    kept = {section: dict(entries) for section, entries in outcome.difference.items()}
+    sizes = [
+        (len(codec.encode(value)), section, key) for section in kept for key, value in kept[section].items()
+    ]
+    too_much = len(data) - most
+    for size, section, key in sorted(sizes, key=itemgetter(0), reverse=True):
+        if too_much <= 0:
+            break
+        del kept[section][key]
+        too_much -= size
+        outcome.left_behind.append(spelled((key,)))
+    outcome.difference = {section: entries for section, entries in kept.items() if entries}
+    return encode_outcome(outcome)
 
 
 async def save_entry(run: Run, data: bytes) -> Entry:
