@@ -178,6 +178,23 @@ def test_copy_that_ran_is_freed_without_the_garbage_collector(kind: Any) -> None
         gc.enable()
 
 
+class FansOut(AsyncNode):
+    async def exec_async(self, given: Any) -> Any:
+        if given is not None:
+            return self.params["n"]
+        copies = [copy.copy(self), copy.copy(self), copy.deepcopy(self)]
+        for number, each in enumerate(copies):
+            each.set_params({"n": number})
+        return await asyncio.gather(*(each.exec_async("an item") for each in copies))
+
+    async def post_async(self, shared: Shared, prep_res: Any, exec_res: Any) -> Any:
+        return exec_res
+
+
+def test_copy_that_a_node_makes_of_itself_calls_its_own_methods() -> None:
+    assert run(guarded(FansOut())) == [0, 1, 2]
+
+
 class PicklesItself(AwaitingNode):
     async def exec_async(self, prep_res: Any) -> Any:
         there = pickle.loads(pickle.dumps(self))

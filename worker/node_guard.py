@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from types import MethodType
 from typing import Any
 
 from limiter.refusal import RateLimitHit
@@ -22,6 +24,8 @@ class Guard:
         own = node.__dict__
         own["exec"] = self.exec
         own["_run"] = self._run
+        if _copies_its_dict(node.__class__):
+            own["__getstate__"] = self.state
 
     def exec(self, prep_res: Any) -> Any:
         try:
@@ -42,8 +46,13 @@ class Guard:
     def let_go(self, *methods: str) -> None:
         """Node and guard hold each other, and would wait for the garbage collector. A node that ran itself again
         inside its run has been let go of already."""
-        for name in methods:
+        for name in (*methods, "__getstate__"):
             self.node.__dict__.pop(name, None)
+
+    def state(self) -> dict[str, Any]:
+        """What a copy of the node, which it may make in its run, takes along: not its guard, which would call the
+        methods of the node itself."""
+        return {name: value for name, value in self.node.__dict__.items() if not _is_guards(value)}
 
     def check(self, error: Exception) -> None:
         """Raise `Refused` if `error` is a refusal."""
@@ -84,6 +93,8 @@ class AsyncGuard(Guard):
         own = node.__dict__
         own["exec_async"] = self.exec_async
         own["_run_async"] = self._run_async
+        if _copies_its_dict(node.__class__):
+            own["__getstate__"] = self.state
 
     async def exec_async(self, prep_res: Any) -> Any:
         try:
@@ -110,6 +121,15 @@ class AsyncFlowGuard(AsyncGuard):
     def __init__(self, node: Any, recognise: Recognise, returned: Returned, digest: bytes | None) -> None:
         super().__init__(node, recognise, returned, digest)
         Guard(node, recognise, returned, digest)
+
+
+@lru_cache(maxsize=1024)
+def _copies_its_dict(cls: type) -> bool:
+    return cls.__getstate__ is object.__getstate__  # type: ignore[comparison-overlap, attr-defined, unused-ignore]
+
+
+def _is_guards(value: Any) -> bool:
+    return type(value) is MethodType and isinstance(value.__self__, Guard)
 
 
 class _Unguarded:
