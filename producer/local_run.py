@@ -56,7 +56,7 @@ class LocalRun:
                     hit.retry_after or min(LONGEST_DELAY_S, FIRST_DELAY_S * 2 ** min(tries, 10))
                 )
                 tries += 1
-            except Exception:
+            except BaseException:  # a CancelledError of the node's own is a result too
                 self.failed += 1
                 raise
 

@@ -91,6 +91,19 @@ def test_runs_share_the_store_and_give_results_in_input_order() -> None:
     assert flow.stats["completed_flows"] == 0
 
 
+class Cancels(AsyncNode):
+    async def exec_async(self, _: Any) -> None:
+        if self.params["i"] == 1:
+            raise asyncio.CancelledError
+
+
+def test_a_run_whose_node_raises_a_cancellation_of_its_own_counts_as_failed() -> None:
+    flow = Fixed(start=Cancels())
+    results = asyncio.run(flow.run_async({"n": 3}))
+    assert [type(each) for each in results] == [type(None), asyncio.CancelledError, type(None)]
+    assert (flow.stats["completed_flows"], flow.stats["failed_flows"]) == (2, 1)
+
+
 def test_a_refusal_ends_a_local_run_counts_once_and_lowers_the_level() -> None:
     work = Work(refuse=(0, 1, 2), max_retries=3)
     flow = Adaptive(start=work, initial_concurrent_flows=10, min_concurrent_flows=2)
