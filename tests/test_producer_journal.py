@@ -464,7 +464,7 @@ def test_an_outcome_that_had_no_use_when_it_came_is_found_again_or_named_as_lost
     assert (follower.end, follower.lost) == (("ended", []) if last_one_is_there else ("lost", [COUNT - 1]))
 
 
-@pytest.mark.parametrize("step", range(6))
+@pytest.mark.parametrize("step", range(3))
 def test_a_disk_that_cannot_note_how_far_the_file_has_come_is_said_in_a_sentence(
     step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
