@@ -137,7 +137,7 @@ class LocalWorkers:
             await asyncio.sleep(min(5.0, 0.2 * self.deaths))
 
     async def _live(self, number: int, log: IO[bytes]) -> int:
-        command = [sys.executable, "-m", "pocketfleet", "worker", self._target]
+        """A worker from its start to its end; its exit code."""
         # a pipe of our own: asyncio's `wait` waits for the end of its pipes too, which what a node has
         # started and left behind may keep open
         reading, writing = os.pipe()
@@ -147,21 +147,7 @@ class LocalWorkers:
         )
         hearing = asyncio.create_task(self._listen(number, stream, log))
         try:
-            try:
-                process = await asyncio.create_subprocess_exec(
-                    *command,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=writing,
-                    stderr=asyncio.subprocess.STDOUT,
-                    env=self._env,
-                    pass_fds=[self._reading],
-                    start_new_session=True,
-                )
-            finally:
-                os.close(writing)
-            self._processes[number] = process
-            if self._stopping:  # `stop` came while it was being started
-                process.terminate()
+            process = await self._started(number, writing)
             ending = asyncio.create_task(process.wait())
             await asyncio.wait((ending, hearing), return_when=asyncio.FIRST_COMPLETED)
             if not hearing.done():
@@ -172,6 +158,25 @@ class LocalWorkers:
         finally:
             hearing.cancel()
             pipe.close()
+
+    async def _started(self, number: int, writing: int) -> asyncio.subprocess.Process:
+        """A worker that prints to `writing`, which is closed here."""
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "pocketfleet", "worker", self._target),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=writing,
+                stderr=asyncio.subprocess.STDOUT,
+                env=self._env,
+                pass_fds=[self._reading],
+                start_new_session=True,
+            )
+        finally:
+            os.close(writing)
+        self._processes[number] = process
+        if self._stopping:  # `stop` came while it was being started
+            process.terminate()
+        return process
 
     async def _listen(self, number: int, stream: asyncio.StreamReader, log: IO[bytes]) -> None:
         while line := await _line(stream):

@@ -76,6 +76,14 @@ PREPARED = {
 flow = Users(start=fetch)
 prepared = Prepared(start=fetch)
 empty = Users()
+
+
+class OneByOne(Users):
+    async def _orch_async(self, shared, params=None):
+        return await super()._orch_async(shared, params)
+
+
+one_by_one = OneByOne(start=fetch)
 plain = AsyncFlow(start=fetch)
 twin = Users(start=fetch, name="same")
 other_twin = Users(start=fetch, name="same")
@@ -162,11 +170,17 @@ TABLE = [
     Case("worker users:plain", "is an AsyncFlow; " + FLOW_WANTED),
     Case("run users:empty", r"Users has no start node; make it with start=; did you mean users:flow\?$"),
     Case("run users:Users", r"Users has no start node; make it with start=; did you mean users:flow\?$"),
+    Case(
+        "worker users:one_by_one",
+        "OneByOne has an _orch_async of its own, and workers walk its graph without",
+    ),
     Case("run users:broken", "failed when it was called: ZeroDivisionError: division by zero"),
     Case("run users:wants", "needs arguments; name a flow, or a factory that takes none$"),
     Case("run users:promise", "is an async function; name a flow, or a factory that is not async$"),
     Case("worker users:flow nothing", "^nothing: is not a target"),
-    Case("worker", "^POCKETFLEET_FLOWS: is not set; name the flows to serve, such as users:flow$"),
+    Case(
+        "worker", "^worker: no flow is named; write pocketfleet worker users:flow, or set POCKETFLEET_FLOWS$"
+    ),
     Case("worker users:twin users:other_twin", "has the same name 'same' as users:twin; give it a name=$"),
     Case("worker users:one_limit users:other_limit", "give limit 'shared' two different values; use one$"),
     # limits and names

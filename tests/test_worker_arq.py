@@ -206,7 +206,7 @@ def test_a_worker_whose_starter_is_gone_hands_back_and_leaves(site: Site) -> Non
     [
         ("nowhere:flow", "nowhere:flow: there is no module nowhere"),
         ("users:flo", "users:flo: module users has no 'flo'; did you mean users:flow?"),
-        (",", "POCKETFLEET_FLOWS: is not set; name the flows to serve, such as users:flow"),
+        (",", "worker: no flow is named; write pocketfleet worker users:flow, or set POCKETFLEET_FLOWS"),
     ],
 )
 def test_a_wrong_target_ends_in_one_sentence(site: Site, flows: str, sentence: str) -> None:

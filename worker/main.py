@@ -167,7 +167,9 @@ def targets(settings: Settings) -> list[str]:
         target.strip() for target in (settings.flows or "").replace(" ", ",").split(",") if target.strip()
     ]
     if not found:
-        raise TargetError("POCKETFLEET_FLOWS", "is not set; name the flows to serve, such as users:flow")
+        raise TargetError(
+            "worker", "no flow is named; write pocketfleet worker users:flow, or set POCKETFLEET_FLOWS"
+        )
     return found
 
 

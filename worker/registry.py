@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from pocketflow import BaseNode, Flow
+from pocketflow import AsyncFlow, BaseNode, Flow
 
 from limiter.errors import LimitsError
 from limiter.limits import Limits
@@ -99,6 +99,12 @@ def checked_flow(found: Any, target: str, near: str = "") -> FleetFlow:
         )
     if found.start_node is None:
         raise TargetError(target, f"{type(found).__name__} has no start node; make it with start={near}")
+    if cast(Any, type(found))._orch_async is not AsyncFlow._orch_async:
+        raise TargetError(
+            target,
+            f"{type(found).__name__} has an _orch_async of its own, and workers walk its graph without it; "
+            "put that into a flow inside it",
+        )
     return cast(FleetFlow, found)
 
 
