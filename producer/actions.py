@@ -8,9 +8,9 @@ from producer.cancel import Cancelled, cancel
 from producer.enqueue import enqueue
 from producer.facts import read_facts
 from producer.follower import catch_up
-from producer.known import Known, known_batch
+from producer.known import known_batch
 from producer.settings import ProducerSettings
-from producer.who_runs import unserved
+from producer.who_runs import unserved_batch
 from worker.contract import STATUSES
 
 
@@ -54,7 +54,7 @@ async def retry_failed(settings: ProducerSettings, batch: str) -> Retried:
                 added = done.added
         facts = await read_facts(known.client, known.limit, batch)
         unrun = facts.missing if facts else 0
-        return Retried(asked, asked - added, unrun, await _unserved(known))
+        return Retried(asked, asked - added, unrun, await unserved_batch(known))
 
 
 async def resubmit_lost(settings: ProducerSettings, batch: str) -> tuple[int, str]:
@@ -71,9 +71,4 @@ async def resubmit_lost(settings: ProducerSettings, batch: str) -> tuple[int, st
             done = await enqueue(
                 known.client, known.own_spool, journal=journal, keep_s=settings.keep_s, however_old=True
             )
-        return done.added, await _unserved(known)
-
-
-async def _unserved(known: Known) -> str:
-    leaving = known.batch if known.place.embedded else ""
-    return await unserved(known.client, known.flow, known.flow, leaving=leaving)
+        return done.added, await unserved_batch(known)

@@ -16,6 +16,7 @@ from producer.known import Known, bytes_in_redis, known_batch, redis_at, state_o
 from producer.settings import ProducerSettings
 from producer.spool import Spool
 from producer.texts import size_text
+from producer.who_runs import unserved_batch
 from worker.contract import LOST, STATUSES
 
 if TYPE_CHECKING:
@@ -26,10 +27,13 @@ async def status_of(settings: ProducerSettings, batch: str) -> dict[str, Any]:
     """A batch in figures: count, left, missing, one per status, and the items that Redis has lost.
 
     `lost` is a list of ranges such as '3-7', None where items are lost and nobody here can name them;
-    `lost_items` counts them and those whose recorded outcome is that they were lost.
+    `lost_items` counts them and those whose recorded outcome is that they were lost. `unserved` says that items
+    wait and no worker takes them, and what helps; else it is empty.
     """
     async with known_batch(settings, batch) as known:
-        return await status_of_known(known)
+        told = await status_of_known(known)
+        waits = told["state"] == "running" and told["left"] > 0
+        return {**told, "unserved": await unserved_batch(known) if waits else ""}
 
 
 async def status_of_known(known: Known) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def sentence_of(told: dict[str, Any]) -> str:
         return f"{sentence}; {told['missing']} are not in the queue: run or enqueue it again with --batch {batch}"
     if told["state"] == "over" and told["failed_items"]:
         return f"{sentence}; retry what failed: pocketfleet batch retry {batch} --failed"
-    return sentence
+    return f"{sentence}; {told['unserved']}" if told.get("unserved") else sentence
 
 
 def lost_sentence(told: dict[str, Any]) -> str:

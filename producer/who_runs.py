@@ -6,6 +6,7 @@ from redis.asyncio import Redis
 
 from limiter.keys import GateKeys
 from producer.facts import count_of
+from producer.known import Known
 from worker.presence import living_workers
 
 
@@ -23,6 +24,12 @@ async def unserved(client: Redis, flow: str, target: str, *, leaving: str = "") 
             f"run it with pocketfleet run {target} ... --batch {leaving}, or set one and enqueue there"
         )
     return f"no worker serves {flow}; start one: pocketfleet worker {target}"
+
+
+async def unserved_batch(known: Known) -> str:
+    """The same of a batch that was found by its id."""
+    leaving = known.batch if known.place.embedded else ""
+    return await unserved(known.client, known.flow, known.flow, leaving=leaving)
 
 
 async def others_first(client: Redis, limit: str, flow: str, batch: str) -> str:

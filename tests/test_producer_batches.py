@@ -112,6 +112,15 @@ def test_a_cancel_stops_what_waits_at_once_and_what_runs_at_its_next_await(place
     worker.end()
 
 
+def test_the_status_of_a_batch_says_when_nobody_serves_it(place: Site) -> None:
+    told(place.pocketfleet("enqueue", "users:flow", "--set", ids(2), "--set", "s=30", "--batch", "b"))
+    said = told(place.pocketfleet("batch", "status", "b"))
+    assert said == "b: 0 of 2 done; no worker serves users:flow; start one: pocketfleet worker users:flow\n"
+    place.pocketfleet("worker", "users:flow")
+    until(lambda: place.ledger.count("start") == 2, "they run")
+    assert status(place)["unserved"] == ""
+
+
 def test_a_batch_that_is_over_cannot_be_cancelled_and_stays_as_it_is(place: Site) -> None:
     told(place.pocketfleet("run", "users:flow", "--set", ids(1_200), "--workers", "1", "--batch", "b"))
     before = status(place)
