@@ -12,6 +12,7 @@ from redis.exceptions import RedisError
 
 from limiter.keys import GateKeys
 from limiter.sync import Entry
+from limiter.trouble import Trouble
 from worker import codec
 from worker.codec import CannotTravel, travels
 from worker.contract import Job, Outcome, encode_outcome, queue_key
@@ -81,7 +82,7 @@ async def store_beside(run: Run, key: str, data: bytes) -> None:
     """Write `data` under `key` for a week, however long Redis takes. A run that is stopped meanwhile leaves
     nothing there, since no call will name it."""
     client = run.crew.client
-    storing = asyncio.ensure_future(_until_answered(lambda: client.set(key, data, px=BLOB_MS)))
+    storing = asyncio.ensure_future(_until_answered(key, lambda: client.set(key, data, px=BLOB_MS)))
     try:
         await asyncio.shield(storing)
     except asyncio.CancelledError:
@@ -92,20 +93,23 @@ async def store_beside(run: Run, key: str, data: bytes) -> None:
 
 async def take_away(run: Run, key: str) -> None:
     """Have nothing stand under `key`, however long Redis takes."""
-    await _until_answered(lambda: run.crew.client.unlink(key))
+    await _until_answered(key, lambda: run.crew.client.unlink(key))
 
 
 async def fetch(run: Run, key: str) -> bytes:
     """What stands under `key`, b'' if nothing does."""
-    return await _until_answered(lambda: run.crew.client.get(key)) or b""
+    return await _until_answered(key, lambda: run.crew.client.get(key)) or b""
 
 
-async def _until_answered(ask: Callable[[], Awaitable[Any]]) -> Any:
-    pause_s = 0.05
+async def _until_answered(key: str, ask: Callable[[], Awaitable[Any]]) -> Any:
+    pause_s, trouble = 0.05, Trouble(key)
     while True:
         try:
-            return await ask()
-        except (RedisError, OSError):
+            answer = await ask()
+            trouble.over()
+            return answer
+        except (RedisError, OSError) as error:
+            trouble.met(error)
             await asyncio.sleep(pause_s)
             pause_s = min(1.0, pause_s * 2)
 
