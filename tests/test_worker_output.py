@@ -145,7 +145,7 @@ def test_no_run_and_no_worker_fails_for_output_that_cannot_be_written(out: str) 
 
 
 FORKS = """
-import os, signal, sys, threading
+import os, signal, sys, threading, warnings
 from worker.forked import let_go_in_forks
 from worker.output import item, prefix_items
 
@@ -160,6 +160,7 @@ def in_the_middle():
         begun.set()
         over.wait()
 
+warnings.simplefilter("ignore")  # Python 3.12 warns of the fork: a line that would wait for the thread
 threading.Thread(target=in_the_middle).start()
 begun.wait()
 child = os.fork()
