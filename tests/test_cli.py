@@ -550,7 +550,8 @@ def test_enqueue_prints_the_id_alone_and_workers_of_another_time_do_the_rest(sha
     twice = shared_folder.ask(f"pocketfleet enqueue users:flow --set 'user_ids=[1,13]' --batch {batch}")
     assert twice.stderr.splitlines()[-1] == "0 of 2 items enqueued, 2 were there already"
     waits = shared_folder.ask(f"pocketfleet batch status {batch}")
-    assert (waits.returncode, waits.stdout) == (0, f"{batch}: 0 of 2 done\n")
+    nobody = "no worker serves users:flow; start one: pocketfleet worker users:flow"
+    assert (waits.returncode, waits.stdout) == (0, f"{batch}: 0 of 2 done; {nobody}\n")
 
     worked = shared_folder.type("pocketfleet worker users:flow users:flow --burst --max-jobs 1")
     assert worked.returncode == 0, worked.stderr
