@@ -142,9 +142,8 @@ class FleetWorker:
                 async with asyncio.timeout(LOOK_S if self._burst else None):
                     await self._stopping.wait()
             except TimeoutError:
-                with contextlib.suppress(
-                    RedisError, OSError
-                ):  # Redis is away: nobody knows what is left there
+                # while Redis is away nobody knows what is left there
+                with contextlib.suppress(RedisError, OSError):
                     if await self._nothing_left():
                         return
 
