@@ -75,7 +75,7 @@ def run(
     ] = None,
 ) -> None:
     """Run a flow over many items: enqueue, start workers, follow, merge."""
-    from producer.lines import own_output
+    from producer.line_file import own_output
     from producer.local_workers import cores
     from worker.output import prefix_items, prefix_streams
 

@@ -33,7 +33,7 @@ from producer.flows import ThrottledAsyncParallelBatchFlow
 from producer.follower import catch_up
 from producer.found_name import found_name
 from producer.journal import Journal
-from producer.lines import check_output
+from producer.line_file import check_output
 from producer.local_workers import checked_workers
 from producer.plan import Plan, in_force, measured_run_s, plan_for, room_in_redis
 from producer.progress import Progress

@@ -10,7 +10,7 @@ A batch's manifest is the directory (0700, files 0600) `batches/<batch id>/` in 
 | keys | with `--key`: a database from a key's digest to its item's index |
 | meta.json | batch, flow, limit, count, created, digests, base digest; what stands past `count` is no part of the spool |
 | journal | every outcome received and every retry asked for, see `producer.journal` |
-| output, written | which output file the outcomes go to, and how far they stand there, see `producer.lines` |
+| written-* | how far the outcomes stand in an output file, one note per file, see `producer.line_file` |
 
 Names with a '+' beside it belong to no batch id: `+writing...` is a spool being written, `<batch>+lock`
 the file that one producer of a batch holds.

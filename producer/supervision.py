@@ -22,7 +22,7 @@ from producer.follower import Follower
 from producer.gathering import ConflictError, Gathering
 from producer.hands import Hands, worker_here, workers_beside
 from producer.journal import Journal
-from producer.lines import LineFile, check_output
+from producer.line_file import LineFile, check_output
 from producer.progress import Progress
 from producer.spool import Spool
 from producer.who_runs import others_first, unserved

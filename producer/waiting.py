@@ -16,7 +16,8 @@ from producer.follow import Ended, read
 from producer.follower import Follower, catch_up
 from producer.journal import Journal
 from producer.known import Known, known_batch
-from producer.lines import LineFile, check_output, record_of
+from producer.line_file import LineFile, check_output
+from producer.lines import record_of
 from producer.progress import Progress
 from producer.settings import ProducerSettings
 from worker.contract import COMPLETED

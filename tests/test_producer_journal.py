@@ -23,7 +23,8 @@ from producer.facts import Facts, known_batches, read_facts
 from producer.follow import Ended
 from producer.follower import Follower, catch_up
 from producer.journal import Journal
-from producer.lines import LineFile, check_output, csv_line, json_line, record_of
+from producer.line_file import LineFile, check_output
+from producer.lines import csv_line, json_line, record_of
 from producer.spool import Spool
 from producer.spool_writer import SpoolWriter
 from tests import servers

@@ -29,7 +29,7 @@ from producer.errors import ParamsError, SpoolError
 from producer.facts import Facts
 from producer.item_keys import key_of
 from producer.journal import Journal
-from producer.lines import LineFile
+from producer.line_file import LineFile
 from producer.manifest import continued, same_as_announced
 from producer.params import checked_params
 from producer.prune import sweep
