@@ -6,13 +6,10 @@ The scripts run on every server with the time passed in; each call is judged by 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import redis
-from gate_model import PARKED, T0, WEEK_MS, Fleet, Gate, Ledger, Pump, gate_on, server_of
-from servers import KINDS
+from gate_model import PARKED, T0, WEEK_MS, Fleet, Gate, Ledger, Pump
 
 from limiter.limits import Limits
 from limiter.notes import Notes
@@ -22,23 +19,6 @@ S = 1_000_000
 PLAIN = Limits("L", 5)
 RATED = Limits("L", 100, 3, window_s=10)
 ADAPTIVE = Limits("L", 8, min_concurrent=1, initial_concurrent=4, recovery_threshold=2)
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def server(request: pytest.FixtureRequest) -> Iterator[tuple[redis.Redis, str]]:
-    with server_of(request.param) as client:
-        yield client, request.param
-
-
-@pytest.fixture
-def gate(server: tuple[redis.Redis, str]) -> Iterator[Gate]:
-    with gate_on(*server) as gate:
-        yield gate
-
-
-@pytest.fixture
-def ledger(gate: Gate) -> Ledger:
-    return Ledger(gate)
 
 
 def says(ledger: Ledger, after: int, call: Call) -> Answer:

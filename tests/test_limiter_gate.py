@@ -6,14 +6,11 @@ A row is (us after T0, call, what the answer must say). Time is passed in, nothi
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import redis
-from gate_model import GRACE_US, T0, Fleet, Gate, Ledger, Pump, gate_on, job_id, server_of
+from gate_model import GRACE_US, T0, Fleet, Gate, Ledger, Pump, job_id
 from pytest import approx
-from servers import KINDS
 
 from limiter.limits import Limits
 from limiter.sync import Answer, Call, Entry
@@ -40,23 +37,6 @@ TWO = Limits("L", 2, min_concurrent=1, initial_concurrent=2, lease_s=30)
 GENTLE = Limits("L", 100, min_concurrent=1, initial_concurrent=100, backoff_factor=0.9)
 ADDING = Limits("L", 20, min_concurrent=1, initial_concurrent=4, additive=True)
 EAGER = Limits("L", 8, min_concurrent=1, initial_concurrent=8, recovery_threshold=4, recovery_factor=3)
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def server(request: pytest.FixtureRequest) -> Iterator[tuple[redis.Redis, str]]:
-    with server_of(request.param) as client:
-        yield client, request.param
-
-
-@pytest.fixture
-def gate(server: tuple[redis.Redis, str]) -> Iterator[Gate]:
-    with gate_on(*server) as gate:
-        yield gate
-
-
-@pytest.fixture
-def ledger(gate: Gate) -> Ledger:
-    return Ledger(gate)
 
 
 def says(ledger: Ledger, after: int, call: Call) -> Answer:

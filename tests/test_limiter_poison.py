@@ -6,14 +6,13 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
-from gate_model import PARKED, T0, Gate, gate_on, job_id, server_of
-from servers import KINDS, running
+from gate_model import PARKED, T0, Gate, job_id
+from servers import running
 
 import limiter
 from limiter.keys import GateKeys
@@ -28,18 +27,6 @@ SOURCE = (Path(limiter.__path__[0]) / "gate.lua").read_text()
 FIELDS = re.findall(r'"(\w+)":%', SOURCE)
 POISON = ("NaN", "Infinity", "-Infinity", "-3", '"text"', "[]")
 POISON_OF_FAKE = ("NaN", "-3")  # 20 times as slow as the servers, which meet all of them
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def server(request: pytest.FixtureRequest) -> Iterator[tuple[redis.Redis, str]]:
-    with server_of(request.param) as client:
-        yield client, request.param
-
-
-@pytest.fixture
-def gate(server: tuple[redis.Redis, str]) -> Iterator[Gate]:
-    with gate_on(*server) as gate:
-        yield gate
 
 
 def call(gate: Gate, after: int, process: str, seq: int, **values: Any) -> Answer:

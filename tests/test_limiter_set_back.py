@@ -7,14 +7,11 @@ them has ended stands as its claim again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import fakeredis
 import pytest
-import redis
-from gate_model import T0, Gate, gate_on, server_of
-from servers import KINDS
+from gate_model import T0, Gate
 
 from limiter.errors import LimitsError
 from limiter.limits import Limits
@@ -25,18 +22,6 @@ from limiter.together import acquire_together
 
 S = 1_000_000
 VALUES = Limits("L", 5).as_argument()
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def server(request: pytest.FixtureRequest) -> Iterator[tuple[redis.Redis, str]]:
-    with server_of(request.param) as client:
-        yield client, request.param
-
-
-@pytest.fixture
-def gate(server: tuple[redis.Redis, str]) -> Iterator[Gate]:
-    with gate_on(*server) as gate:
-        yield gate
 
 
 def call(gate: Gate, after: int, process: str, seq: int, **values: Any) -> Answer:

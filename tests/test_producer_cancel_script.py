@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-import redis
-from gate_model import T0, Gate, gate_on, job_id, server_of
-from servers import KINDS
+from gate_model import T0, Gate, job_id
 
 from limiter.limits import Limits
 from limiter.sync import Call, Entry, read_answer
 
 LIMITS = Limits("L", 3)
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def server(request: pytest.FixtureRequest) -> Iterator[tuple[redis.Redis, str]]:
-    with server_of(request.param) as client:
-        yield client, request.param
-
-
-@pytest.fixture
-def gate(server: tuple[redis.Redis, str]) -> Iterator[Gate]:
-    with gate_on(*server) as gate:
-        yield gate
 
 
 def items(*indices: int) -> dict[int, bytes]:
