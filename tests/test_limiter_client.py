@@ -260,3 +260,43 @@ def test_responses_are_bytes_unless_asked_for_text(plain: str) -> None:
         await text.aclose()
 
     asyncio.run(scene())
+
+
+@pytest.mark.parametrize("turns", [0, 3])
+def test_connection_that_the_server_closed_meanwhile_is_replaced(plain: str, turns: int) -> None:
+    """Whether the loop has seen it yet or not, the next call, which is not repeated, goes out on a new one."""
+
+    async def call_twice() -> tuple[int, int]:
+        client, other = open_client(plain), open_sync_client(plain)
+        try:
+            before = await client.client_id()
+            other.client_kill_filter(_id=before)
+            for _ in range(turns):
+                await asyncio.sleep(0.01)
+            return before, await client.client_id()
+        finally:
+            other.close()
+            await client.aclose()
+
+    before, after = asyncio.run(call_twice())
+    assert after > before
+
+
+@pytest.mark.parametrize("turns", [0, 3])
+def test_connection_with_an_answer_that_nobody_waits_for_is_replaced(plain: str, turns: int) -> None:
+    """It would be taken for the answer to the next call."""
+
+    async def call_twice() -> object:
+        client = open_client(plain)
+        try:
+            connection = await client.connection_pool.get_connection()
+            await connection.send_command("ECHO", "of another call")
+            time.sleep(0.05)  # noqa: ASYNC251 - the loop is blocked
+            await client.connection_pool.release(connection)
+            for _ in range(turns):
+                await asyncio.sleep(0.01)
+            return await client.execute_command("ECHO", "own")
+        finally:
+            await client.aclose()
+
+    assert asyncio.run(call_twice()) == b"own"
