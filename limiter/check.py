@@ -36,9 +36,14 @@ async def checked_connection(client: Redis, shown_url: str) -> str | None:
         RedisRefused: one sentence with the address and the mend, never with a password.
     """
     try:
-        await client.ping()
-        await client.execute_command("EVAL", "return 1", len(PROBE), *PROBE)  # type: ignore[no-untyped-call]
-        server, memory = await _info(client, "server"), await _info(client, "memory")
+        async with client.pipeline(transaction=False) as pipe:
+            pipe.execute_command("EVAL", "return 1", len(PROBE), *PROBE)
+            pipe.info("server")
+            pipe.info("memory")
+            scripts, *infos = await pipe.execute(raise_on_error=False)
+        if isinstance(scripts, RedisError):
+            raise scripts
+        server, memory = map(_info, infos)
     except (RedisError, OSError) as error:
         reason = _reason(_root(error), _password(client))
         raise RedisRefused(f"Redis at {shown_url} {reason}") from None
@@ -56,12 +61,17 @@ async def checked_connection(client: Redis, shown_url: str) -> str | None:
     )
 
 
-async def _info(client: Redis, section: str) -> dict[str, Any]:
-    """One section of INFO, or nothing where the user may not ask."""
-    try:
-        return dict(await client.info(section))
-    except ResponseError:
+def _info(section: dict[str, Any] | Exception) -> dict[str, Any]:
+    """One section of INFO, or nothing where the user may not ask.
+
+    Raises:
+        RedisError: the server is none to work with.
+    """
+    if isinstance(section, ResponseError):
         return {}
+    if isinstance(section, Exception):
+        raise section
+    return section
 
 
 def _number(version: str) -> tuple[int, ...]:
