@@ -23,11 +23,13 @@ local key, done_key, retries = ROOT .. 'batch:' .. batch, ROOT .. 'done:' .. bat
 
 local state = load('')
 local now = clock(state)
-if state.gen > 0 then extend_after_stall(state, now) end
+local was_behind = state.behind
+local note_time = state.gen > 0 and now - state.last > state.lease / 10 -- often enough for a stall to show
+if note_time then extend_after_stall(state, now) end
 
 local found = redis.call('HMGET', key, 'next', 'left', 'cancelled')
 if found[3] then
-  if state.gen > 0 then save(state) end
+  if note_time then save(state) end
   return { 0, 0, 1 }
 end
 
@@ -111,11 +113,10 @@ if #wanted > 0 then
 end
 if added > 0 then
   if (tonumber(found[2] or '') or 0) <= 0 then persist_batch(batch) end
-  redis.call('HSET', key, 'next', whole(place))
-  redis.call('HINCRBY', key, 'left', added)
+  redis.call('HSET', key, 'next', whole(place), 'left', whole((tonumber(found[2] or '') or 0) + added))
   local room = math.max(1, math.min(added, math.floor(state.level) - state.in_use))
   local woken = wake_idle(flow, state.gen > 0 and room or added)
   if woken > 0 and woken < added then state.behind = 1 end
 end
-if state.gen > 0 then save(state) end
+if state.gen > 0 and (note_time or state.behind ~= was_behind) then save(state) end
 return { added, (#ARGV - FIRST_ITEM + 1 - #wanted) / 2, 0 }
