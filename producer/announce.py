@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from limiter.keys import BATCHES, GateKeys
 from producer.errors import SpoolError
-from producer.facts import forget_gone, read_facts
+from producer.facts import read_facts
 from producer.journal import Journal
 from producer.spool import Spool
 
@@ -26,10 +26,12 @@ async def announce(
     keep_s: float = WEEK_S,
     *,
     however_old: bool = False,
+    whole: bool = True,
 ) -> None:
     """Tell Redis of a batch before its first job: where it belongs, how many items, its store.
 
-    A Redis that has lost the batch hears from the journal which items have ended.
+    A Redis that has lost the batch hears from the journal which items have ended. `whole`: all of it is
+    about to be enqueued, and does not count as enqueued until it is.
 
     Raises:
         SpoolError: the batch ended so long ago that nobody knows any more what is done of it.
@@ -47,7 +49,7 @@ async def announce(
             BATCHES, spool.batch, msgspec.json.encode({"limit": spool.limit, "flow": spool.flow}).decode()
         )
         pipe.hset(keys.batch(spool.batch), mapping=_told(spool, keep_s))
-        pipe.hdel(keys.batch(spool.batch), "cancelled")
+        pipe.hdel(keys.batch(spool.batch), *(["cancelled", "enqueued"] if whole else ["cancelled"]))
         pipe.hsetnx(keys.batch(spool.batch), "epoch", epoch)
         pipe.hget(keys.batch(spool.batch), "epoch")
         if base := spool.base():
@@ -58,7 +60,6 @@ async def announce(
         replies = await pipe.execute()
     if journal is not None and journal.epoch != (epoch := replies[4].decode()):
         journal.begin(epoch)
-    await forget_gone(client)
 
 
 def _told(spool: Spool, keep_s: float) -> dict[str, Any]:

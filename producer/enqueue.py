@@ -17,6 +17,7 @@ from redis.asyncio import Redis
 from limiter.keys import GateKeys
 from limiter.script import script
 from producer.announce import WEEK_S, announce
+from producer.facts import forget_gone
 from producer.journal import Journal, Retry
 from producer.plan import JOB_BYTES
 from producer.room import Room
@@ -73,10 +74,8 @@ async def enqueue(
         journal.grow(spool.count)
         journal.ask_again(list(journal.ended_with((LOST, ABORTED))))
     await room.take(0)
-    await room.through(partial(announce, client, spool, journal, keep_s, however_old=however_old))
-    mark = GateKeys(spool.limit).batch(spool.batch), "enqueued"
-    if not only_retries:
-        await client.hdel(*mark)  # type: ignore[misc]
+    tell = partial(announce, client, spool, journal, keep_s, however_old=however_old, whole=not only_retries)
+    await room.through(tell)
     done = spool.count - journal.pending if journal is not None else 0
     told(done)
     async with _Sending(client, spool, room, told, done) as sending:
@@ -87,7 +86,9 @@ async def enqueue(
                 await sending.send(retry, before, chunk)
     if not sending.cancelled and not only_retries:
         told(spool.count)  # what ended meanwhile was left out
-        await room.through(lambda: client.hset(*mark, "1"))  # type: ignore[arg-type,return-value]
+        mark = GateKeys(spool.limit).batch(spool.batch), "enqueued", "1"
+        await room.through(lambda: client.hset(*mark))  # type: ignore[arg-type,return-value]
+    await forget_gone(client)
     return Enqueued(sending.added, done + sending.done, sending.cancelled)
 
 

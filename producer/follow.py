@@ -15,7 +15,7 @@ from worker.difference import is_tree
 
 BLOCK_MS = 2000
 READ = 1000
-GATHER_S, LONGEST_GATHER_S = 0.02, 0.5
+LAST_GATHER_S, GATHER_S, LONGEST_GATHER_S = 0.005, 0.02, 0.5
 MOST_RETRIES = 2**16 - 1
 TOGETHER = 200
 """So many outcomes are worth a read: that is what the time between two reads is for."""
@@ -72,12 +72,12 @@ def gather_s(found: int, took_s: float, pending: int) -> float:
     second. The last ones of a batch are read as they come, so that its end is not seen late.
 
     >>> gather_s(1000, 0.1, 50_000), gather_s(50, 0.05, 50_000), gather_s(1, 0.1, 50_000), gather_s(5, 0.1, 4)
-    (0.0, 0.2, 0.5, 0.02)
+    (0.0, 0.2, 0.5, 0.005)
     """
     if not 0 < found < READ:
         return 0.0
     if pending <= TOGETHER:
-        return GATHER_S
+        return LAST_GATHER_S
     return min(LONGEST_GATHER_S, max(GATHER_S, TOGETHER * took_s / found))
 
 

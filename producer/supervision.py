@@ -68,7 +68,6 @@ class Supervision:
                 progress.start(self._client)
                 try:
                     if not run.was_over:
-                        await self._say_who_runs()
                         await run.forecast(self._client, self._spool, self._journal, progress.say)
                     await self._do(hands)
                 finally:
@@ -93,13 +92,17 @@ class Supervision:
                 yield beside
 
     async def _say_who_runs(self) -> None:
+        """A remark only: the first items are on their way meanwhile, and a Redis that is away ends nothing here."""
         served = self._run.served
-        if self._run.workers is None:
-            said = await unserved(self._client, served.name, served.target)
-        else:
-            said = await others_first(self._client, served.limits.name, served.name, self._run.batch)
-        if said:
-            self._progress.say(said)
+        if self._run.was_over:
+            return
+        with contextlib.suppress(RedisError, OSError):
+            if self._run.workers is None:
+                said = await unserved(self._client, served.name, served.target)
+            else:
+                said = await others_first(self._client, served.limits.name, served.name, self._run.batch)
+            if said:
+                self._progress.say(said)
 
     async def _do(self, hands: Hands | None) -> None:
         run = self._run
@@ -127,15 +130,18 @@ class Supervision:
             self._run.enqueue_missing(self._client, self._spool, self._journal, self._progress)
         )
         sending.add_done_callback(lambda _: announced.set())
+        beside: list[asyncio.Task[None]] = [sending]
         try:
             await announced.wait()
+            beside.append(asyncio.create_task(self._say_who_runs()))
             self._progress.before = self._spool.count - self._journal.pending
             await self._follow(hands, sending)
             await sending
         finally:
-            while not sending.done():
-                sending.cancel()  # Python 3.11 can lose one in a call to Redis
-                await asyncio.wait([sending], timeout=1.0)
+            for task in beside:
+                while not task.done():
+                    task.cancel()  # Python 3.11 can lose one in a call to Redis
+                    await asyncio.wait([task], timeout=1.0)
 
     # --- stopped -----------------------------------------------------------------------------------
 

@@ -35,8 +35,10 @@ async def unserved_batch(known: Known) -> str:
 async def others_first(client: Redis, limit: str, flow: str, batch: str) -> str:
     """What earlier batches left in the queue runs first, and may be unexpected."""
     keys = GateKeys(limit)
-    waiting = await client.zcard(keys.queue(flow))
-    own = await client.hget(keys.batch(batch), "left")  # type: ignore[misc]
+    async with client.pipeline(transaction=True) as pipe:  # at one moment: it is being enqueued
+        pipe.zcard(keys.queue(flow))
+        pipe.hget(keys.batch(batch), "left")
+        waiting, own = await pipe.execute()
     others = waiting - count_of(own)
     if others <= 0:
         return ""
