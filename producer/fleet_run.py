@@ -146,7 +146,8 @@ class FleetRun:
             with BatchLock(self.settings.data_dir, self.batch):
                 self.spool = spool = await self._write_spool(client, items, where)
                 leaving = self.batch if place.embedded else ""
-                if said := await unserved(client, self.served.name, self.served.target, leaving=leaving):
+                about = (self.served.name, self.served.limits.name, self.served.target)
+                if said := await unserved(client, *about, leaving=leaving):
                     _to_stderr(said)
                 with Journal(spool.home, self.batch, spool.count) as journal:
                     await catch_up(client, spool.limit, self.batch, journal)

@@ -134,7 +134,7 @@ class Progress:
         while not self._stopping:  # a cancel alone can be lost in a call to Redis on Python 3.11
             try:
                 self.gate = await read_gate(client, self._limit)
-                serving = [info for info in await living_workers(client) if self._flow in info.flows]
+                serving = [each for each in await living_workers(client) if each.serves(self._flow, self._limit)]
                 self.workers = len(serving)
                 self._working_since = self._working_since or (time.monotonic() if serving else None)
                 self.trouble = ""

@@ -134,7 +134,7 @@ class Room:
     async def _heed(self, memory: Memory) -> None:
         """Say it where nothing moves, and give up where that lasts."""
         now = monotonic()
-        missing = await unserved(self._client, self._spool.flow, self._target)
+        missing = await unserved(self._client, self._spool.flow, self._spool.limit, self._target)
         waiting, left = await self._waiting()
         if self._still is None:
             self._still = _Still(now, memory.used, waiting, left)

@@ -98,7 +98,7 @@ class Supervision:
             return
         with contextlib.suppress(RedisError, OSError):
             if self._run.workers is None:
-                said = await unserved(self._client, served.name, served.target)
+                said = await unserved(self._client, served.name, served.limits.name, served.target)
             else:
                 said = await others_first(self._client, served.limits.name, served.name, self._run.batch)
             if said:

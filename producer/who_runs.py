@@ -10,14 +10,21 @@ from producer.known import Known
 from worker.presence import living_workers
 
 
-async def unserved(client: Redis, flow: str, target: str, *, leaving: str = "") -> str:
+async def unserved(client: Redis, flow: str, limit: str, target: str, *, leaving: str = "") -> str:
     """Whether no worker would take the jobs of a flow that workers find under `target`, and what helps.
 
     Args:
+        limit: under which the jobs wait.
         leaving: the batch that a command leaves in the embedded server, which no worker starts.
     """
-    if any(flow in info.flows for info in await living_workers(client)):
+    workers = await living_workers(client)
+    if any(each.serves(flow, limit) for each in workers):
         return ""
+    if any(flow in each.flows for each in workers):
+        return (
+            f"the workers of {flow} serve it under another limit than {limit}, where these items wait: start them "
+            f"with limit={limit!r} again, or cancel the batch and run what is left under another id"
+        )
     if leaving:
         return (
             f"no worker serves {flow}, and none can by itself, as no POCKETFLEET_REDIS_URL is set: "
@@ -29,7 +36,7 @@ async def unserved(client: Redis, flow: str, target: str, *, leaving: str = "") 
 async def unserved_batch(known: Known) -> str:
     """The same of a batch that was found by its id."""
     leaving = known.batch if known.place.embedded else ""
-    return await unserved(known.client, known.flow, known.flow, leaving=leaving)
+    return await unserved(known.client, known.flow, known.limit, known.flow, leaving=leaving)
 
 
 async def others_first(client: Redis, limit: str, flow: str, batch: str) -> str:

@@ -121,6 +121,19 @@ def test_the_status_of_a_batch_says_when_nobody_serves_it(place: Site) -> None:
     assert status(place)["unserved"] == ""
 
 
+def test_a_retry_after_the_limit_of_its_flow_changed_says_that_nobody_takes_it(place: Site) -> None:
+    (place.directory / "broken").touch()
+    told(place.pocketfleet("run", "users:flow", "--set", ids(10), "--workers", "1", "--batch", "b"), 1)
+    (place.directory / "broken").unlink()
+    place.write("users.py", USERS.replace("max_concurrent_flows=8", 'limit="other", max_concurrent_flows=8'))
+    place.pocketfleet("worker", "users:flow")
+    until(lambda: "users:flow" in told(place.pocketfleet("workers")), "it serves")
+    said = told(place.pocketfleet("batch", "retry", "b", "--failed"))
+    words = "the workers of users:flow serve it under another limit than users.flow, where these items wait"
+    assert "2 items enqueued again" in said and words in said
+    assert words in status(place)["unserved"]
+
+
 def test_a_batch_that_is_over_cannot_be_cancelled_and_stays_as_it_is(place: Site) -> None:
     told(place.pocketfleet("run", "users:flow", "--set", ids(1_200), "--workers", "1", "--batch", "b"))
     before = status(place)

@@ -44,6 +44,10 @@ class WorkerInfo(msgspec.Struct):
     space: str = ""
     born: int = 0
 
+    def serves(self, flow: str, limit: str) -> bool:
+        """Whether it takes the jobs of a flow that wait under a limit."""
+        return flow in self.flows and limit in self.limits
+
 
 _infos = msgspec.json.Decoder(WorkerInfo)
 
