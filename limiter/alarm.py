@@ -46,8 +46,8 @@ class Alarm:
 
     async def sleep(self, *, for_ever: bool) -> None:
         """Until rung or due; `for_ever`: until rung."""
+        await asyncio.sleep(0)  # let everything that is ready now run first, and ride on the same call
         if self.rung:
-            await asyncio.sleep(0)  # let everything that is ready now ride on the same call
             return
         self._sleeping = asyncio.get_running_loop().create_future()
         if not for_ever:

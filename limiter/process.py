@@ -118,18 +118,20 @@ class Process:
         Raises:
             ResponseError: a gate has no values, or the gates lie in different slots; nothing was noted.
         """
-        pause_s, trouble = 0.05, Trouble(keys[0])
+        pause_s, trouble = 0.05, None
         while True:
             sent = monotonic()
             try:
                 reply = await line.call(keys, args)
-                trouble.over()
+                if trouble is not None:
+                    trouble.over()
                 return reply, sent
             except (RedisError, OSError) as error:
                 if isinstance(error, ResponseError) and str(error).startswith(("NOLIMITS", "CROSSSLOT")):
                     raise
                 poisoned = isinstance(error, ResponseError) and may_be_poison(error)
                 if not (poisoned and await mend()):
+                    trouble = trouble or Trouble(keys[0])
                     trouble.met(error)
                 if isinstance(error, ReadOnlyError):
                     await self.reconnect()
