@@ -134,9 +134,9 @@ class Progress:
         while not self._stopping:  # a cancel alone can be lost in a call to Redis on Python 3.11
             try:
                 self.gate = await read_gate(client, self._limit)
-                serving = [each for each in await living_workers(client) if each.serves(self._flow, self._limit)]
-                self.workers = len(serving)
-                self._working_since = self._working_since or (time.monotonic() if serving else None)
+                workers = await living_workers(client)
+                self.workers = sum(each.serves(self._flow, self._limit) for each in workers)
+                self._working_since = self._working_since or (time.monotonic() if self.workers else None)
                 self.trouble = ""
             except (RedisError, OSError) as error:
                 self.trouble = f"Redis does not answer ({type(error).__name__})"
