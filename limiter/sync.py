@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 SYNC = Path(__file__).with_name("sync.lua")
 TOGETHER = Path(__file__).with_name("together.lua")
@@ -17,8 +18,7 @@ MOST = 1000
 OK, UNKNOWN, STALE = 0, 1, -1
 
 
-@dataclass(slots=True)
-class Entry:
+class Entry(msgspec.Struct):
     """One claimed job's news: how it ended, or that it goes back, or that it still runs.
 
     `what`: a status of an ended run (`arg` = encoded outcome), `blob:<status>`, `result:<ms>`,
@@ -31,11 +31,10 @@ class Entry:
     flow: int
     what: str
     arg: bytes | int | str = ""
-    heard: asyncio.Future[None] | None = field(default=None, compare=False, repr=False)
+    heard: asyncio.Future[None] | None = None
 
 
-@dataclass(slots=True)
-class Claimed:
+class Claimed(msgspec.Struct):
     """A job taken off the queue together with its permit."""
 
     id: str
@@ -47,8 +46,7 @@ class Claimed:
     payload: bytes
 
 
-@dataclass(slots=True)
-class Call:
+class Call(msgspec.Struct):
     """One numbered call. Sent again unchanged until it is answered."""
 
     process: str
@@ -70,8 +68,8 @@ class Call:
     stand: bool = False
     last_grant: int = 0
     flows: Sequence[str] = ()
-    entries: list[Entry] = field(default_factory=list)
-    heard: list[Entry] = field(default_factory=list)
+    entries: list[Entry] = []
+    heard: list[Entry] = []
     """Those of the entries somebody waits for."""
 
     def argv(self, now_us: int | None = None) -> list[Any]:
@@ -104,8 +102,7 @@ class Call:
         return args
 
 
-@dataclass(slots=True)
-class Answer:
+class Answer(msgspec.Struct):
     """What the gate said. Times are microseconds of Redis' clock unless named `_s`."""
 
     status: int
@@ -131,8 +128,7 @@ class Answer:
     stands: bool = False
 
 
-@dataclass(slots=True)
-class Grant:
+class Grant(msgspec.Struct):
     """Permits that the gate gave a waiting process inside its wake message.
 
     It belongs to the process's call number `seq`: it is void once a later call was made, which says what is
@@ -147,8 +143,7 @@ class Grant:
     now: int
 
 
-@dataclass(frozen=True, slots=True)
-class Abort:
+class Abort(msgspec.Struct, frozen=True):
     """The batch of a claim was cancelled: its run is to end. Another attempt of the job stays as it is."""
 
     attempt: int

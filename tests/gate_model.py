@@ -15,11 +15,12 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import redis
+from msgspec.structs import replace
 from servers import client_of
 
 import producer

@@ -11,12 +11,12 @@ import random
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import redis
 from gate_model import GRACE_US, T0, Fleet, Gate, Ledger, Pump, busiest_window, gate_on, server_of
+from msgspec.structs import replace
 from servers import KINDS
 
 from limiter.limits import Limits

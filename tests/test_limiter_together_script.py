@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import redis
 from gate_model import T0, Gate, Ledger, Pump, server_of
+from msgspec.structs import replace
 from servers import KINDS
 
 from limiter.limits import Limits
