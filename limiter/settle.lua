@@ -57,7 +57,7 @@ local function close_batches()
   for name, batch in pairs(batches) do
     local key, done = ROOT .. 'batch:' .. name, ROOT .. 'done:' .. name
     if #batch.bits > 0 then redis.call('BITFIELD', done, unpack(batch.bits)) end
-    local left = tonumber(redis.call('HGET', key, 'left') or '')
+    local left = count_of(redis.call('HGET', key, 'left'))
     if left then
       for status, count in pairs(batch.counts) do redis.call('HINCRBY', key, status, count) end
       left = redis.call('HINCRBY', key, 'left', -batch.ended)

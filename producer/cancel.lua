@@ -86,7 +86,7 @@ for i = 1, count do
   end
 end
 local taken = n > 0 and redis.call('ZREM', queue, unpack(gone)) - ended or 0
-if taken + ended == 0 then return { 0, 0, tonumber(redis.call('HGET', key, 'left') or '') or 0 } end
+if taken + ended == 0 then return { 0, 0, count_of(facts[1]) or 0 } end
 
 redis.call('DEL', unpack(payloads))
 if #claimed > 0 then
@@ -96,6 +96,7 @@ if #claimed > 0 then
 end
 if not known then return { taken, ended, 0 } end
 if ended > 0 then redis.call('HINCRBY', key, 'aborted', ended) end
-local left = redis.call('HINCRBY', key, 'left', -(taken + ended))
-if left <= 0 then expire_batch(batch) end
-return { taken, ended, math.max(0, left) }
+local left = math.max(0, (count_of(facts[1]) or 0) - taken - ended)
+redis.call('HSET', key, 'left', whole(left))
+if left == 0 then expire_batch(batch) end
+return { taken, ended, left }

@@ -112,8 +112,9 @@ if #wanted > 0 then
   added = redis.call('ZADD', queue_of(flow), 'NX', unpack(places))
 end
 if added > 0 then
-  if (tonumber(found[2] or '') or 0) <= 0 then persist_batch(batch) end
-  redis.call('HSET', key, 'next', whole(place), 'left', whole((tonumber(found[2] or '') or 0) + added))
+  local left = math.max(0, count_of(found[2]) or 0)
+  if left == 0 then persist_batch(batch) end
+  redis.call('HSET', key, 'next', whole(place), 'left', whole(left + added))
   local room = math.max(1, math.min(added, math.floor(state.level) - state.in_use))
   local woken = wake_idle(flow, state.gen > 0 and room or added)
   if woken > 0 and woken < added then state.behind = 1 end

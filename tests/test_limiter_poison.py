@@ -121,6 +121,28 @@ def test_no_other_script_hides_what_is_poisoned(gate: Gate, script: str) -> None
     assert repaired(gate) in (["in_use"], ["state"])
 
 
+@pytest.mark.parametrize("poison", ["nan", "inf", "1e30", "5.5", "0x10", "007", "text", "-3"])
+def test_a_batch_whose_count_is_poisoned_is_counted_anew_as_more_is_added(gate: Gate, poison: str) -> None:
+    key = gate.keys.batch("b")
+    gate.client.hset(key, "left", poison)
+    assert gate.enqueue(T0, "b", "f", dict.fromkeys(range(2), b"f")) == [2, 0, 0]
+    assert gate.client.hget(key, "left") == b"2"
+    gate.client.hset(key, "left", poison)
+    jobs = call(gate, 1, "A", 1, jobs=2).jobs
+    ended = [Entry(job.id, job.attempt, 1, "completed", b"x") for job in jobs]
+    assert call(gate, 2, "A", 2, entries=ended).status == 0
+    assert gate.client.ttl(key) > 0
+
+
+@pytest.mark.parametrize("poison", ["nan", "5.5", "text"])
+def test_a_batch_whose_count_is_poisoned_can_be_cancelled(gate: Gate, poison: str) -> None:
+    gate.enqueue(T0, "b", "f", dict.fromkeys(range(2), b"f"))
+    gate.client.hset(gate.keys.batch("b"), "left", poison)
+    assert gate.cancel(T0 + 1, "b", "f", 0, 2, "all") == [2, 0, 0]
+    assert gate.client.hget(gate.keys.batch("b"), "left") == b"0"
+    assert gate.client.ttl(gate.keys.batch("b")) > 0
+
+
 def test_a_process_whose_record_is_poisoned_says_again_what_it_holds(gate: Gate) -> None:
     busy(gate)
     gate.client.hset(gate.keys.gate, "p:A", "nonsense")
