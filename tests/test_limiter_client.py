@@ -289,7 +289,8 @@ def test_connection_with_an_answer_that_nobody_waits_for_is_replaced(plain: str,
     async def call_twice() -> object:
         client = open_client(plain)
         try:
-            connection = await client.connection_pool.get_connection()
+            connection = client.connection_pool.get_available_connection()
+            await connection.connect()
             await connection.send_command("ECHO", "of another call")
             time.sleep(0.05)  # noqa: ASYNC251 - the loop is blocked
             await client.connection_pool.release(connection)
