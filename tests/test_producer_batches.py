@@ -134,6 +134,17 @@ def test_a_retry_after_the_limit_of_its_flow_changed_says_that_nobody_takes_it(p
     assert words in status(place)["unserved"]
 
 
+def test_a_flow_counts_as_served_only_under_its_own_limit_of_those_that_a_worker_has(place: Site) -> None:
+    told(place.pocketfleet("enqueue", "users:flow", "--set", ids(2), "--batch", "b"))
+    place.write("users.py", USERS.replace("max_concurrent_flows=8", 'limit="other", max_concurrent_flows=8'))
+    place.write(
+        "taken.py", USERS.replace("max_concurrent_flows=8", 'limit="users.flow", max_concurrent_flows=8')
+    )
+    place.pocketfleet("worker", "users:flow", "taken:flow")
+    until(lambda: "taken:flow" in told(place.pocketfleet("workers")), "it serves")
+    assert "serve it under another limit than users.flow" in status(place)["unserved"]
+
+
 def test_a_batch_that_is_over_cannot_be_cancelled_and_stays_as_it_is(place: Site) -> None:
     told(place.pocketfleet("run", "users:flow", "--set", ids(1_200), "--workers", "1", "--batch", "b"))
     before = status(place)

@@ -30,6 +30,7 @@ class WorkerInfo(msgspec.Struct):
     """What one living worker says of itself. Times are seconds since 1970.
 
     Attributes:
+        limits: of all its flows, each once; `under`: the limit of each flow, which an older worker does not say.
         space, born: where its pid holds, and when the process started there; see `aliveness.py`.
     """
 
@@ -43,9 +44,12 @@ class WorkerInfo(msgspec.Struct):
     started: float
     space: str = ""
     born: int = 0
+    under: dict[str, str] = {}
 
     def serves(self, flow: str, limit: str) -> bool:
         """Whether it takes the jobs of a flow that wait under a limit."""
+        if self.under:
+            return self.under.get(flow) == limit
         return flow in self.flows and limit in self.limits
 
 
@@ -78,6 +82,7 @@ class Presence:
             started=time.time(),
             space=pid_space(),
             born=born(os.getpid()),
+            under={each.name: each.limits.name for each in served},
         )
 
     async def announce(self) -> None:
