@@ -134,6 +134,7 @@ def test_names_and_texts_planted_in_redis_are_shown_escaped_and_break_no_command
             for name, data in (("a", msgspec.json.encode(planted)), ("b", b"\x80not json"), ("c", b"{}")):
                 client.set(worker_key(name), data)
                 client.zadd(WORKERS, {name: 1})
+            client.zadd(WORKERS, {b"\xff": 1})
             client.xadd(
                 keys.events, {"at": 1, "what": EVIL, "why": EVIL, "from": EVIL, "to": EVIL, "who": EVIL}
             )

@@ -117,7 +117,7 @@ async def living_workers(client: Redis) -> list[WorkerInfo]:
     names: list[Any] = await client.zrange(WORKERS, 0, -1)
     if not names:
         return []
-    found = await client.mget([worker_key(name.decode()) for name in names])
+    found = await client.mget([worker_key(name.decode(errors="replace")) for name in names])
     gone = [name for name, data in zip(names, found, strict=True) if data is None]
     if gone:
         await client.zrem(WORKERS, *gone)
