@@ -250,7 +250,7 @@ local function expire_batch(name)
   for _, each in ipairs(OF_BATCH) do redis.call('PEXPIRE', ROOT .. each .. name, keep) end
 end
 
--- A count that a batch keeps; nil for what HINCRBY could not read.
+-- A count that a batch keeps; nil where it has none, or what stands there is no whole number.
 local function count_of(text)
   local readable = text and #text < 16 and (text == '0' or string.match(text, '^-?[1-9]%d*$'))
   return readable and tonumber(text) or nil

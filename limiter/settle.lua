@@ -52,16 +52,28 @@ local function record_outcome(id, attempt, status, outcome)
   batch.ended = batch.ended + 1
 end
 
+-- Count what has ended; returns how many are left, nil for a batch that nobody counts.
+local function count_ended(key, batch)
+  local names = { 'left' }
+  for status in pairs(batch.counts) do names[#names + 1] = status end
+  local found = redis.call('HMGET', key, unpack(names))
+  local left = count_of(found[1])
+  if not left then return nil end
+  left = left - batch.ended
+  local fields = { 'left', whole(left) }
+  for i = 2, #names do
+    fields[2 * i - 1], fields[2 * i] = names[i], whole((count_of(found[i]) or 0) + batch.counts[names[i]])
+  end
+  redis.call('HSET', key, unpack(fields))
+  return left
+end
+
 -- Keys of a batch live until the producer deletes them, else as long after its last outcome as it says.
 local function close_batches()
   for name, batch in pairs(batches) do
     local key, done = ROOT .. 'batch:' .. name, ROOT .. 'done:' .. name
     if #batch.bits > 0 then redis.call('BITFIELD', done, unpack(batch.bits)) end
-    local left = count_of(redis.call('HGET', key, 'left'))
-    if left then
-      for status, count in pairs(batch.counts) do redis.call('HINCRBY', key, status, count) end
-      left = redis.call('HINCRBY', key, 'left', -batch.ended)
-    end
+    local left = count_ended(key, batch)
     if not left or left <= 0 then
       expire_batch(name)
     end
@@ -159,7 +171,10 @@ local function adopted(id, attempt, what, flow)
   if now >= gate.opens or what == 'back' or not flow then return nil end
   if redis.call('GETBIT', ROOT .. 'done:' .. name, index) == 1 then return nil end
   -- not yet enqueued again by its producer, so nobody has counted it
-  if not redis.call('ZSCORE', queue_of(flow), id) then redis.call('HINCRBY', ROOT .. 'batch:' .. name, 'left', 1) end
+  if not redis.call('ZSCORE', queue_of(flow), id) then
+    local key = ROOT .. 'batch:' .. name
+    redis.call('HSET', key, 'left', whole((count_of(redis.call('HGET', key, 'left')) or 0) + 1))
+  end
   return { attempt = attempt, place = state.place, deaths = 0, refused = 0, backs = 0, saved = INLINE, flow = flow }
 end
 

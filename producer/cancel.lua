@@ -32,7 +32,7 @@ if state.gen > 0 then
 end
 
 local known = redis.call('EXISTS', key) == 1
-local facts = redis.call('HMGET', key, 'left', 'count', 'lost')
+local facts = redis.call('HMGET', key, 'left', 'count', 'lost', 'aborted')
 local items = tonumber(facts[2] or '') or 0
 local over = items > 0 and (tonumber(facts[1] or '') or 0) <= 0
   and redis.call('BITCOUNT', ROOT .. 'done:' .. batch) + (tonumber(facts[3] or '') or 0) >= items
@@ -95,7 +95,7 @@ if #claimed > 0 then
   redis.call('DEL', unpack(beside))
 end
 if not known then return { taken, ended, 0 } end
-if ended > 0 then redis.call('HINCRBY', key, 'aborted', ended) end
+if ended > 0 then redis.call('HSET', key, 'aborted', whole((count_of(facts[4]) or 0) + ended)) end
 local left = math.max(0, (count_of(facts[1]) or 0) - taken - ended)
 redis.call('HSET', key, 'left', whole(left))
 if left == 0 then expire_batch(batch) end

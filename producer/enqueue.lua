@@ -89,7 +89,7 @@ local function undo(wanted)
   if #times == 0 then return end
   redis.call('BITFIELD', done_key, unpack(bits))
   redis.call('HSET', retries, unpack(times))
-  if tonumber(redis.call('HGET', key, ARGV[7]) or 0) > 0 then
+  if (count_of(redis.call('HGET', key, ARGV[7])) or 0) > 0 then
     redis.call('HINCRBY', key, ARGV[7], -#times / 2)
   end
 end

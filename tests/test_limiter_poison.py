@@ -135,6 +135,24 @@ def test_a_batch_whose_count_is_poisoned_is_counted_anew_as_more_is_added(gate: 
 
 
 @pytest.mark.parametrize("poison", ["nan", "5.5", "text"])
+def test_the_statuses_of_a_batch_are_counted_anew_where_they_are_poisoned(gate: Gate, poison: str) -> None:
+    key = gate.keys.batch("b")
+    gate.enqueue(T0, "b", "f", dict.fromkeys(range(3), b"f"))
+    gate.client.hset(key, mapping=dict.fromkeys(("completed", "failed", "aborted"), poison))
+    first, second, _ = call(gate, 1, "A", 1, jobs=3).jobs
+    ended = [
+        Entry(job.id, job.attempt, 1, what, b"x") for job, what in ((first, "completed"), (second, "failed"))
+    ]
+    assert call(gate, 2, "A", 2, held=1, entries=ended).refused == []
+    assert gate.client.hmget(key, "left", "completed", "failed") == [b"1", b"1", b"1"]
+    assert gate.cancel(T0 + 3, "b", "f", 0, 3, "all") == [0, 1, 0]
+    assert gate.client.hget(key, "aborted") == b"1"
+    gate.client.hset(key, "failed", poison)
+    gate.client.hdel(key, "cancelled")
+    assert gate.enqueue(T0 + 4, "b", "f", {1: b"f"}, 1000, 1, "failed") == [1, 0, 0]
+
+
+@pytest.mark.parametrize("poison", ["nan", "5.5", "text"])
 def test_a_batch_whose_count_is_poisoned_can_be_cancelled(gate: Gate, poison: str) -> None:
     gate.enqueue(T0, "b", "f", dict.fromkeys(range(2), b"f"))
     gate.client.hset(gate.keys.batch("b"), "left", poison)
