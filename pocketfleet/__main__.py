@@ -15,7 +15,9 @@ NAME = "pocketfleet"
 def main() -> None:
     """Run the command line; whatever a user got wrong ends in one sentence and an exit code."""
     from pocketfleet import _refuse_shadows
+    from pocketfleet.streams import stand
 
+    stand()
     try:
         _refuse_shadows(os.getcwd())
     except ImportError as error:  # nothing of ours can be imported now

@@ -191,11 +191,13 @@ def _waited(fleet_run: FleetRun, work: Coroutine[Any, Any, T], *, says_stopped: 
 
 
 async def _go(fleet_run: FleetRun) -> Any:
-    """`go`, which SIGTERM stops as Ctrl-C does."""
+    """`go`, which SIGTERM and a closed terminal stop as Ctrl-C does."""
     from worker.forked import let_go_in_forks
+    from worker.hangup import on_hangup
 
     task = asyncio.current_task()
     assert task is not None
     let_go_in_forks()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    on_hangup(task.cancel)
     return await fleet_run.go()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from limiter.client import open_client
 from limiter.settings import load
 from producer.actions import cancel_batch
+from producer.aside import aside
 from producer.errors import FlowFailed, ProducerError
 from producer.follow import Ended
 from producer.follower import Follower, catch_up, mend, named
@@ -105,7 +105,7 @@ class Batch:
         except asyncio.CancelledError as stopped:
             words = f"batch {self.id} goes on without us; follow it: pocketfleet batch wait {self.id}"
             stopped.add_note(words)
-            print(words, file=sys.stderr, flush=True)
+            aside(words)
             raise
 
     async def results(self) -> list[Any]:

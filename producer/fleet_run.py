@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from limiter.client import open_retrying_client
 from limiter.connect import Place, find_redis
 from limiter.settings import load
 from limiter.view import read_gate
+from producer.aside import aside
 from producer.batch import (
     as_async,
     checked_items,
@@ -148,10 +148,10 @@ class FleetRun:
                 leaving = self.batch if place.embedded else ""
                 about = (self.served.name, self.served.limits.name, self.served.target)
                 if said := await unserved(client, *about, leaving=leaving):
-                    _to_stderr(said)
+                    aside(said)
                 with Journal(spool.home, self.batch, spool.count) as journal:
                     await catch_up(client, spool.limit, self.batch, journal)
-                    await self.forecast(client, spool, journal, _to_stderr)
+                    await self.forecast(client, spool, journal, aside)
                     await self.enqueue_missing(client, spool, journal)
         return spool
 
@@ -240,7 +240,7 @@ class FleetRun:
         if known or facts is not None:
             about = (self.batch, self.shared, self.flow.local_keys, spool.base())
             if said := other_store(*about):
-                _to_stderr(said)
+                aside(said)
         return spool
 
     async def enqueue_missing(
@@ -257,7 +257,7 @@ class FleetRun:
             spool,
             patience_s=self.settings.memory_patience_s,
             note=progress.wait_for if progress else None,
-            say=progress.say if progress else _to_stderr,
+            say=progress.say if progress else aside,
             target=self.served.target,
         )
         done = await enqueue(client, spool, told, journal=journal, keep_s=self.settings.keep_s, room=room)
@@ -283,10 +283,6 @@ class FleetRun:
         except RedisError:
             return None
         return int(gate.level) if gate else None
-
-
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def checked_weight(weight: object) -> float:

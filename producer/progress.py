@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from redis.exceptions import RedisError
@@ -16,6 +16,7 @@ from rich.text import Text
 
 from limiter.printable import plain
 from limiter.view import GateView, read_gate
+from producer.aside import aside
 from producer.debugger import prompting
 from producer.eta import seconds_left
 from producer.texts import duration
@@ -85,10 +86,11 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line above the progress line, without what a terminal would obey."""
-        if self._live is not None:
+        if self._live is None:
+            aside(plain(text))
+            return
+        with suppress(OSError):  # as `aside` does
             self._console.print(Text(plain(text)))
-        else:
-            print(plain(text), file=sys.stderr, flush=True)
 
     def count(self, completed: bool) -> None:
         self._working_since = self._working_since or time.monotonic()
@@ -127,7 +129,8 @@ class Progress:
             await asyncio.gather(self._watch, return_exceptions=True)
         if self._live is not None:
             self._draw()
-            self._live.stop()
+            with suppress(OSError):
+                self._live.stop()
             self._live = None
 
     async def _keep_looking(self, client: Redis) -> None:
@@ -145,10 +148,11 @@ class Progress:
 
     def _draw(self) -> None:
         if self._live is not None:
-            self._live.update(self.picture(self._console.width - 1), refresh=True)
+            with suppress(OSError):
+                self._live.update(self.picture(self._console.width - 1), refresh=True)
         elif self._shown and not prompting() and time.monotonic() - self._plain_at >= PLAIN_EVERY_S:
             self._plain_at = time.monotonic()
-            print(self.line(), file=sys.stderr, flush=True)
+            aside(self.line())
 
     def line(self) -> str:
         """Such as `users:flow 40/100, 5 running, 4 workers, 2.5/s, 24 s left; level: 5 of 5 at a time`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from time import monotonic
@@ -14,6 +13,7 @@ from redis.exceptions import OutOfMemoryError
 
 from limiter.keys import GateKeys
 from limiter.view import read_gate
+from producer.aside import aside
 from producer.errors import ProducerError
 from producer.facts import count_of
 from producer.memory import Memory, read_memory
@@ -63,7 +63,7 @@ class Room:
         *,
         patience_s: float = PATIENCE_S,
         note: Callable[[str], None] | None = None,
-        say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+        say: Callable[[str], None] = aside,
         target: str = "",
     ) -> None:
         self._client = client

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from redis.exceptions import RedisError
 
 from limiter.client import open_client
 from limiter.connect import Place
+from producer.aside import aside
 from producer.cancel import cancel, withdraw
 from producer.errors import FlowFailed
 from producer.follow import Ended
@@ -150,7 +150,7 @@ class Supervision:
         batch = self._run.batch
         words = f"batch {batch} goes on without us; follow it: pocketfleet batch wait {batch}"
         stopped.add_note(words)
-        print(words, file=sys.stderr, flush=True)
+        aside(words)
 
     async def _end_batch(self, *, everything: bool) -> None:
         """Leave nothing behind that other workers would run unasked: what never began leaves the queue."""

@@ -9,7 +9,7 @@ from functools import cache
 
 from worker import output
 
-OURS = (signal.SIGTERM, signal.SIGINT)
+OURS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _forking = threading.local()
 
@@ -37,5 +37,7 @@ def _let_go() -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if callable(signal.getsignal(signal.SIGHUP)):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     output.forked()
     _go_on()

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
 import sys
+from functools import partial
 from typing import Any, NoReturn
 
 import click
@@ -28,6 +30,7 @@ from worker.client import arq_settings
 from worker.errors import TargetError, WorkerError
 from worker.fleet_worker import FleetWorker, see_through
 from worker.forked import let_go_in_forks
+from worker.hangup import on_hangup
 from worker.lifeline import watch_lifeline
 from worker.presence import health_key
 from worker.registry import ServedFlow, check_shadows, said, serve
@@ -129,6 +132,7 @@ async def _take_over(ctx: dict[Any, Any], settings: Settings, place: Place) -> N
         burst=settings.burst or _asked_for_burst(),
     )
     watch_lifeline(worker)
+    on_hangup(partial(signal.raise_signal, signal.SIGTERM))
     print(greeting(served, place), flush=True)
     _collect_less()
     ctx["worker"] = worker  # from here on `wait_drained` has an end to wait for
