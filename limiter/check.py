@@ -18,6 +18,7 @@ from redis.exceptions import (
 )
 
 from limiter.errors import RedisRefused
+from limiter.trouble import CROWDED, is_crowded
 
 OLDEST = (6, 2)
 PROBE = ("pocketfleet:{probe}", "arq:job:{probe}")
@@ -96,6 +97,8 @@ def _reason(error: Exception, password: str) -> str:
         return "refuses the user or password: correct them in POCKETFLEET_REDIS_URL (or its password file)"
     if isinstance(error, NoPermissionError):
         return f"does not let this user work{said}: give it the rights that the README lists"
+    if is_crowded(error):
+        return CROWDED
     if isinstance(error, BusyLoadingError):
         return "is still loading its data: try again in a moment"
     if isinstance(error, (redis.TimeoutError, TimeoutError)):

@@ -23,6 +23,7 @@ log = logging.getLogger("pocketfleet.limiter")
 
 UNREACHABLE = "cannot be reached"
 UNKNOWN = "answers with an error: see its log"
+CROWDED = "has as many clients as it takes: raise its maxclients, or start fewer processes"
 
 # Most special first: redis-py derives them from one another.
 WORDS: tuple[tuple[type[BaseException], str], ...] = (
@@ -44,6 +45,7 @@ BY_CODE = {
     "MASTERDOWN": "is a replica without its primary",
     "CLUSTERDOWN": "is part of a cluster that is down",
     "BUSY": "runs a script that does not end",
+    "Protocol": "takes no value of this size: raise its proto-max-bulk-len",
     "WRONGTYPE": "holds a key of another type where ours should stand: a worker mends it",
 }
 
@@ -57,12 +59,19 @@ def words(error: BaseException) -> str:
     >>> words(ConnectionRefusedError(111, "refused"))
     'cannot be reached'
     """
+    if is_crowded(error):
+        return CROWDED
     for kind, said in WORDS:
         if isinstance(error, kind):
             return said
     # redis-py puts the whole command in front of what the server said, where it was one of several
     code = str(error).rpartition("caused error: ")[2].partition(" ")[0]
     return BY_CODE.get(code, UNKNOWN)
+
+
+def is_crowded(error: BaseException) -> bool:
+    """Whether Redis took no further client, which redis-py does not tell from a broken connection."""
+    return isinstance(error, redis.RedisError) and "max number of clients" in str(error)
 
 
 class Trouble:

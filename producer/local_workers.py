@@ -214,7 +214,7 @@ class LocalWorkers:
             self._say(text if TAG.match(text) else f"[worker {number}] {text}")
 
 
-PASSING = ("cannot be reached", "does not answer", "is still loading")
+PASSING = ("cannot be reached", "does not answer", "is still loading", "as many clients")
 """Last words of a worker that found Redis away when it started."""
 UNSAID = ("worker serves ", "INFO pocketfleet.", "pocketfleet: ")
 """Lines of a worker that are in its log only; its last words come with the error they cause."""

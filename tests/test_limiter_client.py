@@ -170,6 +170,7 @@ class Talker:
             b"-ERR unknown command 'AUTH', with args beginning with: '%s'\r\n" % PASSWORD.encode(),
             "refuses us:",
         ),
+        (b"-ERR max number of clients reached\r\n", "raise its maxclients"),
         (b"", "does not answer in time"),
     ],
 )

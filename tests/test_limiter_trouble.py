@@ -66,3 +66,14 @@ def test_nothing_of_what_was_sent_is_told(error: Exception, caplog: pytest.LogCa
     trouble.met(error)
     trouble.met(error)
     assert told(caplog) and SECRET not in caplog.text and SECRET not in words(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "mend"),
+    [
+        (redis.ConnectionError("max number of clients reached"), "maxclients"),
+        (ResponseError("Protocol error: invalid bulk length"), "proto-max-bulk-len"),
+    ],
+)
+def test_a_bound_of_the_server_is_named(error: Exception, mend: str) -> None:
+    assert mend in words(error)
