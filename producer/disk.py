@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from producer.errors import SpoolError
 from worker.contract import checked_batch
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 def batch_dir(data_dir: str | Path, batch: str) -> Path:
@@ -64,6 +69,24 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+class ReadAt(io.RawIOBase):
+    """An open file, read from a place of its own on; it stays open."""
+
+    def __init__(self, fd: int, place: int) -> None:
+        self._fd = fd
+        self._place = place
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer) -> int:
+        view = memoryview(buffer)
+        data = os.pread(self._fd, len(view), self._place)
+        view[: len(data)] = data
+        self._place += len(data)
+        return len(data)
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -10,15 +10,16 @@ that a kill cut short is cut off when the journal is next opened for writing.
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
-from producer.disk import open_at, said, write_all
+from producer.disk import ReadAt, open_at, said, write_all
 from producer.follow import Ended
 from worker.contract import STATUSES
 
@@ -207,10 +208,10 @@ class Journal:
 
     def _read(self, start: int) -> Iterator[_Record]:
         """Whole records; what a kill left of one ends it."""
-        if not self._path.exists():
+        if self._fd < 0 and not self._path.exists():
             return
-        with said(self._batch), open(self._path, "rb", buffering=_READ_BYTES) as file:
-            place = file.seek(start)
+        with said(self._batch), self._from(start) as file:
+            place = start
             while len(head := file.read(_HEAD.size)) == _HEAD.size:
                 crc, size = _HEAD.unpack(head)[:2]
                 data = file.read(size)
@@ -218,6 +219,14 @@ class Journal:
                     return
                 place += _HEAD.size + size
                 yield _Record.unpacked(head, data, place)
+
+    def _from(self, start: int) -> BinaryIO:
+        """The file from that byte on: the very one that is being written, also once its name is gone."""
+        if self._fd >= 0:
+            return io.BufferedReader(ReadAt(self._fd, start), _READ_BYTES)
+        file = io.FileIO(self._path)
+        file.seek(start)
+        return io.BufferedReader(file, _READ_BYTES)
 
     def _note(self, record: _Record) -> None:
         if record.kind == _EPOCH:

@@ -6,6 +6,7 @@ import asyncio
 import csv
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -489,6 +490,19 @@ def test_a_disk_that_cannot_note_how_far_the_file_has_come_is_said_in_a_sentence
             with pytest.raises(ProducerError, match=r"(?i)no space left on device"):
                 follow_to_its_end(LineFile(path, spool, journal))
         follow_to_its_end(LineFile(path, spool, journal))
+    assert len(path.read_text().splitlines()) == COUNT
+
+
+def test_a_data_directory_that_is_deleted_meanwhile_costs_no_line(tmp_path: Path) -> None:
+    path, spool = tmp_path / "out.jsonl", spool_in(tmp_path / "data")
+    with Journal(spool.home, "b", COUNT) as journal:
+        lines = LineFile(path, spool, journal)
+        journal.take(OUTCOMES[:2])
+        lines.catch_up()
+        shutil.rmtree(tmp_path / "data")
+        journal.take(OUTCOMES[2:])
+        follow_to_its_end(lines)
+        assert len(list(journal.latest())) == COUNT
     assert len(path.read_text().splitlines()) == COUNT
 
 
