@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -45,13 +45,17 @@ async def sweep(client: Redis, settings: ProducerSettings) -> None:
 
 
 def _homes(settings: ProducerSettings) -> list[Path]:
-    found = sorted((settings.data_dir / "batches").glob("*/meta.json"))
-    return [meta.parent for meta in found if "+" not in meta.parent.name]
+    batches = settings.data_dir / "batches"
+    try:
+        names = sorted(name for name in os.listdir(batches) if "+" not in name)
+    except OSError:
+        return []
+    return [batches / name for name in names]
 
 
 async def _delete_if_due(client: Redis, settings: ProducerSettings, home: Path) -> int | None:
     """Its bytes, None where it stays: every item has to have ended, the last one long ago."""
-    if time.time() - _last_written(home) <= settings.keep_s:
+    if _is_young(home, time.time() - settings.keep_s):
         return None
     try:
         with BatchLock(settings.data_dir, home.name):
@@ -67,12 +71,19 @@ async def _delete_if_due(client: Redis, settings: ProducerSettings, home: Path) 
         return None
 
 
-def _last_written(home: Path) -> float:
-    """Seconds since 1970; that of a manifest that is gone has no end."""
+def _is_young(home: Path, since: float) -> bool:
+    """Whether it was written to since then, or is no manifest. Asked of every batch at every enqueue."""
     try:
-        return max(path.stat().st_mtime for path in (home / "meta.json", home / "journal") if path.exists())
-    except (OSError, ValueError):
-        return math.inf
+        if os.stat(f"{home}/meta.json").st_mtime >= since:
+            return True
+    except OSError:
+        return True
+    try:
+        return os.stat(f"{home}/journal").st_mtime >= since
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
 
 
 def _delete_here(settings: ProducerSettings, home: Path) -> int:

@@ -402,6 +402,20 @@ def test_a_lock_that_was_deleted_with_its_batch_is_made_anew(
         BatchLock(tmp_path, "b1")
 
 
+def test_a_sweep_looks_once_at_each_batch_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        home = tmp_path / "batches" / f"b{number}"
+        home.mkdir(parents=True)
+        for name in ("meta.json", "journal"):
+            (home / name).touch()
+    looked: list[object] = []
+    look = os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **more: (looked.append(path), look(path, **more))[1])
+    asyncio.run(sweep(fakeredis.FakeAsyncRedis(), ProducerSettings(data_dir=tmp_path)))
+    monkeypatch.undo()
+    assert len([path for path in looked if str(path).startswith(str(tmp_path / "batches" / "b"))]) == 5
+
+
 def test_producers_that_sweep_at_the_same_time_leave_each_other_in_peace(tmp_path: Path) -> None:
     here = ProducerSettings(data_dir=tmp_path)
     for number in range(5):
