@@ -12,6 +12,7 @@ from limiter.printable import printable
 from producer.errors import SpoolError
 from producer.facts import known_batches
 from producer.follower import mend, named, ranges
+from producer.journal import Journal
 from producer.known import Known, bytes_in_redis, known_batch, redis_at, state_of
 from producer.settings import ProducerSettings
 from producer.spool import Spool
@@ -138,6 +139,7 @@ def _row_of(home: Path) -> dict[str, Any]:
     row = {"batch": home.name, "flow": "", "state": "damaged", "count": 0, "created": 0.0}
     with contextlib.suppress(SpoolError), Spool(home) as spool:
         row |= {"flow": spool.flow, "state": "only on disk", "count": spool.count, "created": spool.created}
+        row |= Journal(home, home.name, spool.count, write=False).counts()
     return {**row, "left": 0, "bytes_in_redis": 0, "bytes_on_disk": bytes_of(home)}
 
 

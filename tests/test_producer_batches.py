@@ -359,6 +359,14 @@ def test_a_folder_that_is_no_batchs_hides_no_batch_in_the_list(place: Site) -> N
     assert [row["state"] for row in rows] == ["damaged", "damaged", "only on disk"]
 
 
+def test_the_list_counts_what_ended_of_a_batch_that_redis_has_forgotten(place: Site) -> None:
+    told(place.pocketfleet("run", "users:flow", "--set", ids(3), "--batch", "b", "--workers", "1"))
+    with place.client() as client:
+        client.flushall()
+    (row,) = json.loads(told(place.pocketfleet("batch", "list", "--json")))
+    assert (row["state"], row["count"], row.get("completed")) == ("only on disk", 3, 3)
+
+
 def test_an_id_is_one_batchs_alone_also_where_another_flow_or_limit_has_it(place: Site) -> None:
     told(place.pocketfleet("enqueue", "users:flow", "--set", ids(3), "--batch", "b"))
     place.write("others.py", USERS)
