@@ -158,8 +158,14 @@ def check_output(path: Path, data_dir: Path, batch: str) -> None:
         InputError: names the path and why.
     """
     if own := path == own_output(data_dir, batch):
-        with contextlib.suppress(OSError):  # said below
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"POCKETFLEET_DATA_DIR={str(data_dir)!r} cannot be used ({error.strerror}): set it to a directory "
+                "that you may write to",
+                source=str(data_dir),
+            ) from None
     _check_writable(path)
     if own or not path.is_file() or not path.stat().st_size:
         return

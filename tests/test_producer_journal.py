@@ -24,7 +24,7 @@ from producer.facts import Facts, known_batches, read_facts
 from producer.follow import Ended
 from producer.follower import Follower, catch_up
 from producer.journal import Journal
-from producer.line_file import LineFile, check_output
+from producer.line_file import LineFile, check_output, own_output
 from producer.lines import csv_line, json_line, record_of
 from producer.spool import Spool
 from producer.spool_writer import SpoolWriter
@@ -491,6 +491,15 @@ def test_a_disk_that_cannot_note_how_far_the_file_has_come_is_said_in_a_sentence
                 follow_to_its_end(LineFile(path, spool, journal))
         follow_to_its_end(LineFile(path, spool, journal))
     assert len(path.read_text().splitlines()) == COUNT
+
+
+def test_a_data_directory_that_cannot_be_is_named_where_no_file_was(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    data_dir = tmp_path / "file" / "data"
+    with pytest.raises(
+        InputError, match=r"^POCKETFLEET_DATA_DIR='.*data' cannot be used \(Not a directory\)"
+    ):
+        check_output(own_output(data_dir, "b"), data_dir, "b")
 
 
 def test_a_data_directory_that_is_deleted_meanwhile_costs_no_line(tmp_path: Path) -> None:
