@@ -55,9 +55,11 @@ def test_a_closed_terminal_stops_a_run_as_ctrl_c_does(workers: int, folder: Fold
     until(lambda: folder.lines("ledger.txt"), "no item ran")
     assert shut(leader, running) == 130
     waiting = folder.start("pocketfleet batch wait b")  # which starts the server again
-    until(lambda: "not in the queue" in folder.ask("pocketfleet batch status b").stdout, "left in the queue")
-    waiting.kill()
-    waiting.communicate(timeout=PATIENCE_S)
+    try:
+        until(lambda: "not in the queue" in folder.ask("pocketfleet batch status b").stdout, "all is queued")
+    finally:
+        waiting.send_signal(signal.SIGINT)
+        waiting.communicate(timeout=PATIENCE_S)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
