@@ -21,8 +21,8 @@ from limiter.keys import GateKeys
 
 FACTORS = {1: 8.0, 4: 15.0, 8: 30.0}
 COMMANDS, FLATNESS, CALLS = 7.0, 1.05, 0.25
-JOBS, FLOWS = 5_000, 40_000
-"""Of arq and of ours: either takes some seconds, so that the start of the processes weighs little."""
+JOBS, FLOWS = 5_000, {"noop": 40_000, "level5": 10_000, "unsaved": 20_000, "saved": 20_000}
+"""Of arq and of ours: each takes some seconds, so that the start of the processes weighs little."""
 KEPT, KEPT_AT = 0.6, (1, 4)
 """What flows of two nodes keep of their rate when each is saved after its first node, with so many workers."""
 SENT = ("evalsha", "eval", "fcall", "get", "ping", "subscribe", "script|load")
@@ -47,10 +47,10 @@ def measure(bench: Bench) -> Result:
             bench.say(f"no-op flows, {workers} workers, repetition {number + 1}")
             cells.setdefault(("arq", workers), []).append(_arq(bench, workers, bench.size(JOBS, 1_000)))
             for flow in ("noop", "level5") if workers in (1, 8) else ("noop",):
-                cell = _ours(bench, flow, workers, bench.size(FLOWS, 5_000))
+                cell = _ours(bench, flow, workers, bench.size(FLOWS[flow], 5_000))
                 cells.setdefault((flow, workers), []).append(cell)
             for flow in ("unsaved", "saved") if workers in KEPT_AT else ():
-                cell = _ours(bench, flow, workers, bench.size(FLOWS, 5_000))
+                cell = _ours(bench, flow, workers, bench.size(FLOWS[flow], 5_000))
                 cells.setdefault((flow, workers), []).append(cell)
     return Result("noop_flows", _rows(cells), _charts(cells))
 
