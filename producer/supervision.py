@@ -68,6 +68,8 @@ class Supervision:
                 progress.start(self._client)
                 try:
                     if not run.was_over:
+                        if run.workers is not None:
+                            await self._say_what_runs_first()
                         await run.forecast(self._client, self._spool, self._journal, progress.say)
                     await self._do(hands)
                 finally:
@@ -91,16 +93,18 @@ class Supervision:
             async with workers_beside(*about, self._progress.say, run.batch) as beside:
                 yield beside
 
+    async def _say_what_runs_first(self) -> None:
+        """Before the first item is out: our own workers run what earlier batches left."""
+        served = self._run.served
+        said = await others_first(self._client, served.limits.name, served.name, self._run.batch)
+        if said:
+            self._progress.say(said)
+
     async def _say_who_runs(self) -> None:
         """A remark only: the first items are on their way meanwhile, and a Redis that is away ends nothing here."""
         served = self._run.served
-        if self._run.was_over:
-            return
         with contextlib.suppress(RedisError, OSError):
-            if self._run.workers is None:
-                said = await unserved(self._client, served.name, served.limits.name, served.target)
-            else:
-                said = await others_first(self._client, served.limits.name, served.name, self._run.batch)
+            said = await unserved(self._client, served.name, served.limits.name, served.target)
             if said:
                 self._progress.say(said)
 
@@ -133,7 +137,8 @@ class Supervision:
         beside: list[asyncio.Task[None]] = [sending]
         try:
             await announced.wait()
-            beside.append(asyncio.create_task(self._say_who_runs()))
+            if self._run.workers is None and not self._run.was_over:
+                beside.append(asyncio.create_task(self._say_who_runs()))
             self._progress.before = self._spool.count - self._journal.pending
             await self._follow(hands, sending)
             await sending
