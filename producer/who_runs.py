@@ -42,7 +42,7 @@ async def unserved_batch(known: Known) -> str:
 async def others_first(client: Redis, limit: str, flow: str, batch: str) -> str:
     """What earlier batches left in the queue runs first, and may be unexpected."""
     keys = GateKeys(limit)
-    async with client.pipeline(transaction=True) as pipe:  # at one moment: it is being enqueued
+    async with client.pipeline(transaction=True) as pipe:  # at one moment: runs end meanwhile
         pipe.zcard(keys.queue(flow))
         pipe.hget(keys.batch(batch), "left")
         waiting, own = await pipe.execute()
