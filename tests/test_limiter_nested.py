@@ -382,10 +382,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(circle, "LOOK_S", 0.2)
 
 
-async def crossed(first: str, second: str, *, works_s: float = 0.0) -> str:
-    """Hold one gate, then ask for the other; what became of it."""
+async def crossed(first: str, second: str, all_inside: threading.Barrier, *, works_s: float = 0.0) -> str:
+    """Hold one gate, and when all hold theirs ask for the other; what became of it."""
     async with limit(first, max_concurrent=1):
-        await asyncio.sleep(0.2)
+        await asyncio.to_thread(all_inside.wait, 10)
         if works_s:
             await asyncio.sleep(works_s)
             return "worked"
@@ -400,8 +400,9 @@ async def crossed(first: str, second: str, *, works_s: float = 0.0) -> str:
 
 def test_of_two_runs_that_wait_for_each_other_one_is_ended(server: redis.Redis, impatient: None) -> None:
     async def main() -> None:
+        both = threading.Barrier(2)
         async with asyncio.timeout(15):
-            ends = await asyncio.gather(crossed("a", "b"), crossed("b", "a"))
+            ends = await asyncio.gather(crossed("a", "b", both), crossed("b", "a", both))
         assert sorted(ends) == ["both", "circle"], ends
 
     asyncio.run(main())
@@ -412,10 +413,11 @@ def test_of_runs_that_wait_round_three_gates_one_is_ended_and_told_all_three(
 ) -> None:
     """A gate beside the circle, with a slot whose holder works, belongs to no circle."""
     told: list[WaitCircle] = []
+    all_inside = threading.Barrier(4)
 
     async def step(first: str, second: str, slots: int = 1) -> str:
         async with limit(first, max_concurrent=slots):
-            await asyncio.sleep(0.2)
+            await asyncio.to_thread(all_inside.wait, 10)
             try:
                 async with limit(second, max_concurrent=1):
                     return "both"
@@ -465,10 +467,11 @@ def test_a_wait_for_two_gates_at_once_counts_for_one_slot() -> None:
 
 def test_a_circle_between_threads_and_tasks_is_ended_too(server: redis.Redis, impatient: None) -> None:
     """Two processes as far as the gates are concerned: the loop's, and that of the threads."""
+    both = threading.Barrier(2)
 
     def in_thread() -> str:
         with limit("b", max_concurrent=1):
-            time.sleep(0.2)
+            both.wait(10)
             try:
                 with limit("a", max_concurrent=1):
                     return "both"
@@ -477,7 +480,7 @@ def test_a_circle_between_threads_and_tasks_is_ended_too(server: redis.Redis, im
 
     async def main() -> None:
         async with asyncio.timeout(15):
-            ends = await asyncio.gather(crossed("a", "b"), asyncio.to_thread(in_thread))
+            ends = await asyncio.gather(crossed("a", "b", both), asyncio.to_thread(in_thread))
         assert sorted(ends) == ["both", "circle"], ends
 
     asyncio.run(main())
@@ -485,8 +488,9 @@ def test_a_circle_between_threads_and_tasks_is_ended_too(server: redis.Redis, im
 
 def test_a_holder_that_works_for_long_is_no_circle(server: redis.Redis, impatient: None) -> None:
     async def main() -> None:
+        both = threading.Barrier(2)
         async with asyncio.timeout(15):
-            ends = await asyncio.gather(crossed("a", "b"), crossed("b", "a", works_s=2.5))
+            ends = await asyncio.gather(crossed("a", "b", both), crossed("b", "a", both, works_s=2.5))
         assert sorted(ends) == ["both", "worked"], ends
 
     asyncio.run(main())
