@@ -7,6 +7,7 @@ import functools
 import gc
 import sqlite3
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -200,6 +201,20 @@ async def test_cancelled_call_raises_at_once_and_the_thread_stays_busy_until_it_
     await asyncio.wait_for(waiting, 5)
     assert not thread.busy
     assert USER.get(None) is None
+
+
+@in_a_loop
+async def test_thread_is_busy_until_its_task_has_taken_what_the_call_returned() -> None:
+    """Whoever asks in between, to hand the run back, must not have the node run again elsewhere."""
+    ended = threading.Event()
+    async with run_thread() as thread:
+        task = asyncio.create_task(thread.call(ended.set))
+        await asyncio.sleep(0)
+        assert ended.wait(5)
+        time.sleep(0.05)  # noqa: ASYNC251 - the thread is through, and the loop has heard nothing yet
+        assert thread.busy
+        await task
+        assert not thread.busy
 
 
 @in_a_loop

@@ -25,12 +25,13 @@ class RunThread:
     `wait_ended` returns. The thread is a daemon: it does not keep the process alive.
     """
 
-    __slots__ = ("name", "_calls", "_closed", "_context", "_ended", "_last", "_unsets")
+    __slots__ = ("name", "_awaiting", "_calls", "_closed", "_context", "_ended", "_last", "_unsets")
 
     def __init__(self, name: str = "run") -> None:
         self.name = name
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._closed = False
+        self._awaiting = 0
         self._context: Context | None = None
         self._ended: asyncio.Future[None] | None = None
         self._last: _Call | None = None
@@ -38,8 +39,9 @@ class RunThread:
 
     @property
     def busy(self) -> bool:
-        """Whether a call is still running (or about to), also when nobody awaits it any more."""
-        return self._last is not None and not self._last.ended
+        """Whether a call is still running (or about to), also when nobody awaits it any more, or has ended and
+        its task has yet to take what it returned."""
+        return self._awaiting > 0 or (self._last is not None and not self._last.ended)
 
     async def call(self, function: Callable[..., Any], /, *args: Any) -> Any:
         """What `function(*args)` returns or raises, run in the thread.
@@ -53,11 +55,14 @@ class RunThread:
         context = self._started()
         call = self._last = _Call(function, args, asyncio.get_running_loop())
         self._calls.put(call)
+        self._awaiting += 1
         try:
             await call.over
         except BaseException:
             call.wanted = False
             raise
+        finally:
+            self._awaiting -= 1
         carry(context, self._unsets)
         return call.outcome()
 
