@@ -18,7 +18,7 @@ import tempfile
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +32,7 @@ from producer.batch import as_async, write_spool
 from producer.enqueue import enqueue
 from producer.follow import Ended, outcomes
 from tests import servers
+from tests.prefork import Forked, can_fork
 from worker.contract import FleetFlow, limit_of
 from worker.registry import ServedFlow
 
@@ -126,14 +127,23 @@ class Ledger:
 class Child:
     """A process that a test started; what it prints goes to a file."""
 
-    def __init__(
-        self, command: list[str], directory: Path, env: dict[str, str], log: Path, **more: Any
-    ) -> None:
+    def __init__(self, process: subprocess.Popen[bytes] | Forked, log: Path) -> None:
+        self._process = process
         self._log = log
+
+    @classmethod
+    def start(cls, command: list[str], directory: Path, env: dict[str, str], log: Path, **more: Any) -> Child:
         with log.open("wb") as file:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 command, cwd=directory, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=file, **more
             )
+        return cls(process, log)
+
+    @classmethod
+    def fork(cls, words: Sequence[str], directory: Path, env: dict[str, str], log: Path) -> Child:
+        """Start `pocketfleet words...`, see tests.prefork."""
+        with log.open("wb") as file:
+            return cls(Forked(words, directory, env, file.fileno()), log)
 
     @property
     def pid(self) -> int:
@@ -177,7 +187,10 @@ class Site:
     Attributes:
         url: the server of the site; '' leaves the processes to the embedded one.
         ledger: what the runs wrote.
+        starts_anew: whether every command is a new interpreter; else it may be the fork of one.
     """
+
+    starts_anew = False
 
     def __init__(self, directory: Path, url: str) -> None:
         self.directory = directory
@@ -199,9 +212,16 @@ class Site:
 
     def python(self, *words: str, pass_fds: Iterable[int] = (), **env: Any) -> Child:
         """Start `python words...`; keywords in capitals are its environment."""
-        given = self.env | {name: str(value) for name, value in env.items()}
-        log = self.directory / f"child-{len(self._children)}.log"
-        child = Child([sys.executable, *words], self.directory, given, log, pass_fds=tuple(pass_fds))
+        command, fds = [sys.executable, *words], tuple(pass_fds)
+        return self._kept(Child.start(command, self.directory, self._given(env), self._log(), pass_fds=fds))
+
+    def _given(self, env: dict[str, Any]) -> dict[str, str]:
+        return self.env | {name: str(value) for name, value in env.items()}
+
+    def _log(self) -> Path:
+        return self.directory / f"child-{len(self._children)}.log"
+
+    def _kept(self, child: Child) -> Child:
         self._children.append(child)
         return child
 
@@ -211,7 +231,11 @@ class Site:
         return self.python(*words, pass_fds=pass_fds, POCKETFLEET_FLOWS=flows, **env)
 
     def pocketfleet(self, *words: str, **env: Any) -> Child:
-        return self.python("-m", "pocketfleet", *words, **env)
+        """Start `pocketfleet words...`; by a fork, where nobody can tell it from a start."""
+        given = self._given(env)
+        if self.starts_anew or not can_fork(given):
+            return self.python("-m", "pocketfleet", *words, **env)
+        return self._kept(Child.fork(words, self.directory, given, self._log()))
 
     def typed(self, line: str, **env: Any) -> Child:
         """A command line that PocketFleet printed."""

@@ -60,6 +60,7 @@ flow = Flow(start=ask)
 def test_no_secret_is_in_a_log_a_command_line_or_an_error_at_any_level() -> None:
     with faults.rig(workers=0) as fleet, proxy.before(fleet.server.socket) as door:
         here = fleet.site
+        here.starts_anew = True  # the words of a fork are on no command line
         fleet.server.ask("CONFIG", "SET", "requirepass", PASSWORD)
         fleet.server.ask = lambda *words: _ask(fleet, *words)  # type: ignore[method-assign]
         here.write("secretive.py", FLOW)

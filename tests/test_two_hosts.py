@@ -80,7 +80,7 @@ class Processes:
     def start(self, host: str, *words: str, **env: str) -> Child:
         command = [*self.hosts.prefix[host], sys.executable, "-m", *words]
         log = self.site.directory / f"on-{host}-{len(self.started)}.log"
-        self.started.append(Child(command, self.site.directory, self.site.env | env, log))
+        self.started.append(Child.start(command, self.site.directory, self.site.env | env, log))
         return self.started[-1]
 
     def api(self, host: str, *limits: str) -> str:
