@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 BENCH := $(VENV)/.ready-bench
 PEERS := $(VENV)/peers
 ROOMS := limiter worker producer pocketfleet
-SIDE_BY_SIDE := -n 3 --dist worksteal
+SIDE_BY_SIDE := -n 4 --dist worksteal
 UV := uv>=0.9,<1
 
 .DEFAULT_GOAL := help
@@ -22,7 +22,7 @@ setup: $(READY) ## make .venv with the pinned dependencies; quick when nothing c
 demo: $(READY) ## 100 users, two calls each, four worker processes, five users at a time
 	$(BIN)/python -m examples.demo
 
-test: $(READY) ## all tests, three at a time: most wait for processes
+test: $(READY) ## all tests, four at a time: most wait for processes
 	$(BIN)/pytest $(SIDE_BY_SIDE)
 
 check: $(READY) ## what CI runs: format, lint, types, import rules, tests with warnings as errors

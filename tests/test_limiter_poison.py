@@ -288,14 +288,14 @@ def test_a_poisoned_gate_is_mended_by_whoever_meets_it_with_one_warning(
             else:
                 state = (client.hget(name, "state") or b"").decode()  # type: ignore[union-attr]
                 client.hset(name, "state", state.replace('"level":2', '"level":NaN'))
-            await asyncio.sleep(1.2)  # a heartbeat meets it
+            await asyncio.sleep(1.5)  # a heartbeat meets it
             async with asyncio.timeout(20), limit("x", max_concurrent=2):
                 state = json.loads(client.hget(GateKeys("x").gate, "state") or "{}")  # type: ignore[arg-type]
                 return int(state["in_use"])
 
     with running("valkey") as url:
         monkeypatch.setenv("POCKETFLEET_REDIS_URL", url)
-        monkeypatch.setenv("POCKETFLEET_LEASE_S", "2")
+        monkeypatch.setenv("POCKETFLEET_LEASE_S", "4")
         client = redis.Redis.from_url(url)
         with caplog.at_level(logging.WARNING):
             assert asyncio.run(go(client)) == 2
