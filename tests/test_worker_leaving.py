@@ -145,7 +145,9 @@ def test_a_run_that_is_no_longer_ours_leaves_nothing(url: str, tmp_path: Path) -
     asyncio.run(main())
 
 
-def test_a_run_that_is_handed_back_stands_in_the_queue_again(url: str, tmp_path: Path) -> None:
+def test_a_run_that_has_done_all_its_work_is_not_handed_back(url: str, tmp_path: Path) -> None:
+    """Another worker would pay for its last node again."""
+
     async def main() -> None:
         async with storing(url, tmp_path) as (worker, slow):
             worker.stop(at_once=True)
@@ -153,11 +155,13 @@ def test_a_run_that_is_handed_back_stands_in_the_queue_again(url: str, tmp_path:
                 await asyncio.sleep(0.01)
             slow.may.set()
             await over(worker)
+            await worker.stopped.wait()
 
             assert worker.crews[0].pump.held == 0
-            assert not await blobs(slow)
-            assert await slow.zcard(KEYS.queue(NAME)) == 1
-            assert await slow.xlen(KEYS.out("b")) == 0
+            assert await slow.hlen(KEYS.blobs("b")) == 1
+            assert await slow.zcard(KEYS.queue(NAME)) == 0
+            rows = await slow.xrange(KEYS.out("b"))
+            assert [row[b"s"] for _, row in rows] == [b"completed"]
 
     asyncio.run(main())
 
