@@ -163,7 +163,10 @@ class Rig:
         """Start workers and wait until they serve."""
         given = {"POCKETFLEET_REDIS_URL": self.door.url} | env
         new = [self.site.pocketfleet("worker", TARGET, **given) for _ in range(count)]
-        until(lambda: all("worker serves" in worker.output() for worker in new), "all serve")
+        until(
+            lambda: all("worker serves" in worker.output() for worker in new),
+            lambda: f"all serve: {[(worker.lives(), worker.output()) for worker in new]}",
+        )
         self.workers += new
         return new
 

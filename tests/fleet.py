@@ -309,12 +309,15 @@ def site(modules: dict[str, str], *, embedded: bool = False) -> Iterator[Site]:
         yield place
 
 
-def until(condition: Callable[[], object], what: str = "", *, timeout_s: float = PATIENCE_S) -> float:
-    """Wait for a condition; returns the second at which it was seen to hold."""
+def until(
+    condition: Callable[[], object], what: str | Callable[[], str] = "", *, timeout_s: float = PATIENCE_S
+) -> float:
+    """Wait for a condition; returns the second at which it was seen to hold. `what` is asked if it never does."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {timeout_s:g} s: {what or condition}")
+            said = what() if callable(what) else what
+            raise AssertionError(f"not within {timeout_s:g} s: {said or condition}")
         time.sleep(0.01)
     return time.monotonic()
 
