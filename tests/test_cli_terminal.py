@@ -22,6 +22,10 @@ def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path)
 
 
+def _heeds_hangups() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def on_a_terminal(
     folder: Folder, line: str, before: list[str] | None = None
 ) -> tuple[subprocess.Popen[bytes], int]:
@@ -35,6 +39,7 @@ def on_a_terminal(
         stdout=follower,
         stderr=follower,
         start_new_session=True,
+        preexec_fn=_heeds_hangups,  # also where the tests themselves are to outlive their terminal
     )
     os.close(follower)
     return running, leader
