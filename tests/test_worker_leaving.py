@@ -1,10 +1,11 @@
-"""A run that is stopped leaves nothing behind: not while its large outcome is on its way to Redis, nor before its
-start."""
+"""A run that is stopped leaves nothing behind, neither while its large outcome is on its way to Redis nor before its
+start; one that is handed back keeps what it has done."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from redis.asyncio import Redis
 
 from limiter.keys import GateKeys
 from limiter.process import open_process
+from limiter.sync import Entry
 from producer.batch import as_async, write_spool
 from producer.cancel import cancel
 from producer.enqueue import enqueue
@@ -22,7 +24,7 @@ from producer.flows import ThrottledAsyncParallelBatchFlow
 from tests import servers
 from worker.fleet_worker import FleetWorker
 from worker.record import LARGE
-from worker.registry import named
+from worker.registry import ServedFlow, named
 
 NAME = "leaving"
 KEYS = GateKeys(NAME)
@@ -33,9 +35,32 @@ class Big(AsyncNode):  # type: ignore[type-arg]
         shared["big"] = "x" * LARGE
 
 
-SERVED = named(
-    ThrottledAsyncParallelBatchFlow(Big(), name=NAME, max_flows_per_minute=60), "leaving:flow", 15.0
-)
+class Paid(AsyncNode):  # type: ignore[type-arg]
+    """Writes as much as its params say."""
+
+    async def post_async(self, shared: Any, prep_res: Any, exec_res: Any) -> None:
+        shared["paid"] = "x" * self.params["size"]
+        times["paid"] += 1
+
+
+class Last(AsyncNode):  # type: ignore[type-arg]
+    async def post_async(self, shared: Any, prep_res: Any, exec_res: Any) -> None:
+        del shared["paid"]
+
+
+def two_nodes() -> AsyncNode[Any, Any]:
+    first = Paid()
+    first >> Last()
+    return first
+
+
+def served(start: AsyncNode[Any, Any]) -> ServedFlow:
+    flow = ThrottledAsyncParallelBatchFlow(start, name=NAME, max_flows_per_minute=60)
+    return named(flow, "leaving:flow", 15.0)
+
+
+SERVED, PAID = served(Big()), served(two_nodes())
+times: Counter[str] = Counter()
 
 
 class SlowToStore:
@@ -65,10 +90,13 @@ def url() -> Iterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def serving(url: str) -> AsyncIterator[tuple[FleetWorker, SlowToStore]]:
+async def serving(
+    url: str, flow: ServedFlow = SERVED, *, anew: bool = True
+) -> AsyncIterator[tuple[FleetWorker, SlowToStore]]:
     process = await open_process(url)
-    await process.client.flushall()
-    worker = FleetWorker(process, [SERVED], max_jobs=10, drain_s=5)
+    if anew:
+        await process.client.flushall()
+    worker = FleetWorker(process, [flow], max_jobs=10, drain_s=5)
     running = asyncio.create_task(worker.run())
     async with asyncio.timeout(20):
         while not worker.crews:  # noqa: ASYNC110
@@ -81,8 +109,8 @@ async def serving(url: str) -> AsyncIterator[tuple[FleetWorker, SlowToStore]]:
         await process.close()
 
 
-async def enqueue_one(slow: SlowToStore, data_dir: Path) -> None:
-    source = as_async([{}], "items")
+async def enqueue_one(slow: SlowToStore, data_dir: Path, **params: Any) -> None:
+    source = as_async([params], "items")
     spool = await write_spool(data_dir, "b", SERVED, source, bytes, max_bytes=1000, where="items", first=None)
     await enqueue(cast(Redis, slow), spool)
 
@@ -99,6 +127,18 @@ async def storing(url: str, data_dir: Path) -> AsyncIterator[tuple[FleetWorker, 
 async def over(worker: FleetWorker) -> None:
     while worker.running:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
+
+
+async def stopped_at_once(worker: FleetWorker) -> None:
+    worker.stop(at_once=True)
+    while not all(run.ending for run in worker.crews[0].runs.values()):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
+async def ended(client: Any) -> list[bytes]:
+    while not await client.xlen(KEYS.out("b")):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    return [row[b"s"] for _, row in await client.xrange(KEYS.out("b"))]
 
 
 async def blobs(slow: SlowToStore) -> list[bytes]:
@@ -145,23 +185,57 @@ def test_a_run_that_is_no_longer_ours_leaves_nothing(url: str, tmp_path: Path) -
     asyncio.run(main())
 
 
-def test_a_run_that_has_done_all_its_work_is_not_handed_back(url: str, tmp_path: Path) -> None:
-    """Another worker would pay for its last node again."""
-
+def test_a_run_that_is_told_to_leave_with_its_outcome_on_its_way_has_ended(url: str, tmp_path: Path) -> None:
     async def main() -> None:
         async with storing(url, tmp_path) as (worker, slow):
-            worker.stop(at_once=True)
-            while not all(run.ending for run in worker.crews[0].runs.values()):  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+            await stopped_at_once(worker)
             slow.may.set()
             await over(worker)
-            await worker.stopped.wait()
 
             assert worker.crews[0].pump.held == 0
-            assert await slow.hlen(KEYS.blobs("b")) == 1
+            assert await ended(slow) == [b"completed"]
             assert await slow.zcard(KEYS.queue(NAME)) == 0
-            rows = await slow.xrange(KEYS.out("b"))
-            assert [row[b"s"] for _, row in rows] == [b"completed"]
+
+    asyncio.run(main())
+
+
+def test_a_large_checkpoint_that_is_on_its_way_goes_back_with_its_run(url: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        times.clear()
+        async with serving(url, PAID) as (worker, slow):
+            await enqueue_one(slow, tmp_path, size=LARGE)
+            await slow.begun.wait()
+            await stopped_at_once(worker)
+            slow.may.set()
+            await over(worker)
+        async with serving(url, PAID, anew=False) as (_, slow):
+            slow.may.set()
+            assert await ended(slow) == [b"completed"]
+            assert times["paid"] == 1
+
+    asyncio.run(main())
+
+
+def test_a_small_checkpoint_that_is_on_its_way_goes_back_with_its_run(url: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        times.clear()
+        async with serving(url, PAID) as (worker, slow):
+            crew, save = worker.crews[0], worker.crews[0].pump.save
+
+            def save_and_leave(entry: Entry) -> asyncio.Future[None]:
+                (run,) = crew.runs.values()
+                asyncio.get_running_loop().call_soon(run.stop, "hand")  # before any answer can have come
+                worker.stop(at_once=True)
+                return save(entry)
+
+            crew.pump.save = save_and_leave  # type: ignore[method-assign]
+            await enqueue_one(slow, tmp_path, size=1)
+            await worker.stopped.wait()
+            assert not worker.running and not await slow.xlen(KEYS.out("b"))
+        async with serving(url, PAID, anew=False) as (_, slow):
+            slow.may.set()
+            assert await ended(slow) == [b"completed"]
+            assert times["paid"] == 1
 
     asyncio.run(main())
 

@@ -79,16 +79,17 @@ def settle(run: Run, what: str, arg: bytes | int = b"", first: Entry | None = No
 
 
 async def store_beside(run: Run, key: str, data: bytes) -> None:
-    """Write `data` under `key` for a week, however long Redis takes. A run that is stopped meanwhile leaves
-    nothing there, since no call will name it."""
+    """Write `data` under `key` for a week, however long Redis takes. A run that is handed back meanwhile says
+    what it has done before it leaves; one that is stopped leaves nothing there, since no call will name it."""
     client = run.crew.client
     storing = asyncio.ensure_future(_until_answered(key, lambda: client.set(key, data, px=BLOB_MS)))
     try:
         await asyncio.shield(storing)
     except asyncio.CancelledError:
         await storing  # what is on its way would arrive after it was taken away
-        await take_away(run, key)
-        raise
+        if run.ending != "hand":
+            await take_away(run, key)
+            raise
 
 
 async def take_away(run: Run, key: str) -> None:

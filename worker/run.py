@@ -79,7 +79,6 @@ class Run:
         "timings",
         "untouched",
         "waits",
-        "walked",
     )
 
     def __init__(self, crew: Crew, claimed: Claimed, start_by: float, stamp: int) -> None:
@@ -91,7 +90,6 @@ class Run:
         self.ending: Ending = ""
         self.node = ""
         self.started = False
-        self.walked = False
         self.flow_number = 1
         self.served: ServedFlow | None = None
         self.shared: dict[Any, Any] = {}
@@ -108,10 +106,10 @@ class Run:
 
     def stop(self, ending: Ending) -> None:
         """End the run at its next await. A thread of it is waited for, and one that is handed back keeps
-        what the node in its thread has done: it ends before the next node, or with its outcome after the last."""
+        what the node in its thread has done: it ends before the next node."""
         self.ending = ending
         self.waits.stop()
-        if ending == "hand" and (self.walked or (self.thread is not None and self.thread.busy)):
+        if ending == "hand" and self.thread is not None and self.thread.busy:
             return
         if self.task is not None and self.started:
             self.task.cancel()
@@ -189,7 +187,6 @@ class Run:
         if outcome is None:
             await give_up(self, served)
             return
-        self.walked = True
         outcome.difference, outcome.left_behind = difference(self.untouched, self.shared)
         outcome.nodes, outcome.retry = self.timings, job.retry
         if self.claimed.deaths or self.claimed.refusals or self.claimed.hand_backs:
