@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import typing
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -66,7 +68,21 @@ class FleetSettings(BaseSettings):
     @field_validator("data_dir", "redis_password_file")
     @classmethod
     def _at_home(cls, value: Path | None) -> Path | None:
-        return value.expanduser() if value else value
+        return _kept_in_place(value.expanduser()) if value else value
+
+
+@lru_cache
+def _first_directory() -> Path:
+    """Where this process was when it first read a setting."""
+    return Path.cwd()
+
+
+def _kept_in_place(path: Path) -> Path:
+    """What `path` was at first, also where user code has gone to another directory since; short until then."""
+    with contextlib.suppress(FileNotFoundError):  # the directory we are in may have been deleted
+        if Path.cwd() != _first_directory():
+            return _first_directory() / path
+    return path
 
 
 @overload
@@ -76,14 +92,16 @@ def load(cls: type[S]) -> S: ...
 def load(cls: type[Any] = FleetSettings) -> Any:
     """The settings of `cls` from the environment, else from `.env` in the current directory.
 
-    A variable that begins like a setting and is none is told once, on standard error.
+    The directory is the one in which this process first asked, also for relative paths. A variable that begins like a setting and is none is told once, on standard error.
 
     Raises:
         SettingsError: something does not hold; one sentence, without the value of a secret.
     """
     try:
-        tell_once([*os.environ, *DotEnvSettingsSource(cls).env_vars], cls.model_fields)
-        return cls()
+        env_file = _kept_in_place(Path(".env"))
+        in_file = DotEnvSettingsSource(cls, env_file=env_file).env_vars
+        tell_once([*os.environ, *in_file], cls.model_fields)
+        return cls(_env_file=env_file)
     except ValidationError as error:
         wrong = [_wrong(cls, each) for each in error.errors(include_url=False)]
         raise SettingsError("; ".join(wrong)) from None

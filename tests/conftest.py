@@ -16,11 +16,19 @@ from gate_model import Gate, Ledger, gate_on, server_of
 from hypothesis import HealthCheck, settings
 from servers import KINDS
 
+from limiter.settings import _first_directory
+
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def first_directory() -> None:
+    """A test that goes to another directory stands for a process that was started there."""
+    _first_directory.cache_clear()
 
 
 @pytest.fixture(scope="module", params=KINDS)

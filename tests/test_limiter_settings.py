@@ -53,6 +53,22 @@ def test_env_file_is_read_and_the_environment_wins(monkeypatch: pytest.MonkeyPat
     assert (settings.lease_s, settings.stall_limit_s) == (25, 30)
 
 
+def test_paths_and_env_file_stay_where_they_were_when_the_directory_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path(".env").write_text("POCKETFLEET_DATA_DIR=data\nPOCKETFLEET_REDIS_PASSWORD_FILE=password\n")
+    at_first = load()
+    assert (at_first.data_dir, at_first.redis_password_file) == (Path("data"), Path("password"))
+    first = Path.cwd()
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    Path(".env").write_text("POCKETFLEET_DATA_DIR=other\n")
+    then = load()
+    assert (then.data_dir, then.redis_password_file) == (first / "data", first / "password")
+    monkeypatch.chdir(first)
+    assert load().data_dir == Path("data")
+
+
 def test_a_log_level_may_be_written_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POCKETFLEET_LOG_LEVEL", "debug")
     assert load(WorkerSettings).log_level == "DEBUG"

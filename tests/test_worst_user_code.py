@@ -270,3 +270,34 @@ def test_a_node_that_goes_to_another_directory_takes_no_line_of_the_output_with_
         run = site.pocketfleet("run", "leaves:flow", "--workers", "0", "--output", "out.jsonl")
         assert run.code() == 0, run.output()
         assert len((site.directory / "out.jsonl").read_text().splitlines()) == 3
+
+
+GOES_AT_ONCE = """
+import os
+from pathlib import Path
+from pocketflow import Node
+from pocketfleet import ThrottledAsyncParallelBatchFlow, limit
+
+class Ask(Node):
+    def exec(self, _):
+        with limit("api", max_concurrent=1):
+            print("asked")
+
+class Flow(ThrottledAsyncParallelBatchFlow):
+    async def prep_async(self, shared):
+        os.chdir("elsewhere")
+        return [{}]
+
+flow = Flow(start=Ask())
+"""
+
+
+def test_a_flow_that_goes_to_another_directory_has_one_server_and_its_files_in_one_place() -> None:
+    with fleet.site({"goes.py": GOES_AT_ONCE}, embedded=True) as site:
+        (site.directory / "elsewhere").mkdir()
+        run = site.pocketfleet("run", "goes:flow", "--workers", "0", "--batch", "b", "--output", "out.jsonl")
+        assert run.code() == 0, run.output()
+        assert "asked" in run.output()
+        assert not list((site.directory / "elsewhere").iterdir())
+        assert (site.directory / "out.jsonl").read_text().count("\n") == 1
+        assert (site.directory / ".pocketfleet/batches/b").is_dir()
