@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
@@ -66,6 +67,9 @@ def _explain(error: Exception) -> NoReturn:
         # redis-py puts the whole command, data included, in front of what the server said
         said = printable(str(error).rpartition("caused error: ")[2])
         _end(f"Redis stopped serving us ({type(error).__name__}: {said:.200})", 3)
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        most = os.sysconf("SC_OPEN_MAX")
+        _end(f"too many open files: this process may have {most} at a time; raise that with ulimit -n 1024", 2)
     if hasattr(error, "format_message"):
         _explain_usage(error)
     raise error

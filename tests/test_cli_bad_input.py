@@ -536,3 +536,11 @@ def test_a_flow_without_a_name_is_refused_by_what_enqueues(
         asyncio.run(nowhere.run_on_fleet({"user_ids": [1]}, workers=2))
     with redis.Redis.from_url(server) as client:
         assert client.keys("*") == []
+
+
+def test_a_process_that_may_open_next_to_no_files_says_so(tmp_path: Path) -> None:
+    command = f"ulimit -n 5; exec {sys.executable} -m pocketfleet batch list"
+    env = {"PATH": os.defpath, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True)
+    said = "pocketfleet: too many open files: this process may have 5 at a time; raise that with ulimit -n 1024"
+    assert (done.returncode, said in done.stderr.splitlines()) == (2, True), done.stderr
