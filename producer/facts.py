@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from redis.asyncio import Redis
@@ -64,11 +65,22 @@ _READ = ("flow", "count", "left", "created", "epoch", "cancelled", "enqueued", "
 
 async def read_facts(client: Redis, limit: str, batch: str, *, digests: bool = False) -> Facts | None:
     """The facts of a batch, or None where Redis has none; `digests` and `base` only where asked for."""
-    keys = GateKeys(limit)
     async with client.pipeline(transaction=False) as pipe:
-        pipe.hmget(keys.batch(batch), list(_READ))
-        pipe.bitcount(keys.done(batch))
-        values, done = await pipe.execute()
+        _ask(pipe, limit, batch)
+        return await _facts(client, limit, batch, *await pipe.execute(), digests=digests)
+
+
+def _ask(pipe: Any, limit: str, batch: str) -> None:
+    keys = GateKeys(limit)
+    pipe.hmget(keys.batch(batch), list(_READ))
+    pipe.bitcount(keys.done(batch))
+
+
+async def _facts(
+    client: Redis, limit: str, batch: str, values: list[bytes | None], done: int, *, digests: bool
+) -> Facts | None:
+    """What the answers to `_ask` say."""
+    keys = GateKeys(limit)
     if all(value is None for value in values):
         return None
     text = {name: (value or b"").decode(errors="replace") for name, value in zip(_READ, values, strict=True)}
@@ -119,11 +131,16 @@ def _time(text: str) -> float:
 
 async def facts_by_id(client: Redis, batch: str, limit: str, *, digests: bool = False) -> Facts | None:
     """The facts of a batch under `limit`, or, as an id is one batch's alone, under the limit that has it already."""
-    found = _where(await client.hget(BATCHES, batch))  # type: ignore[misc]
-    other = found.limit if found is not None else limit
-    if other != limit and (facts := await read_facts(client, other, batch)) is not None:
-        return facts
-    return await read_facts(client, limit, batch, digests=digests)
+    async with client.pipeline(transaction=False) as pipe:
+        pipe.hget(BATCHES, batch)
+        _ask(pipe, limit, batch)
+        about, *answers = await pipe.execute()
+    found = _where(about)
+    if found is not None and found.limit != limit:
+        facts = await read_facts(client, found.limit, batch)
+        if facts is not None:
+            return facts
+    return await _facts(client, limit, batch, *answers, digests=digests)
 
 
 async def find_batch(client: Redis, batch: str, data_dir: Path | None = None) -> tuple[str, str]:
