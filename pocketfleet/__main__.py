@@ -69,7 +69,9 @@ def _explain(error: Exception) -> NoReturn:
         _end(f"Redis stopped serving us ({type(error).__name__}: {said:.200})", 3)
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         most = os.sysconf("SC_OPEN_MAX")
-        _end(f"too many open files: this process may have {most} at a time; raise that with ulimit -n 1024", 2)
+        _end(
+            f"too many open files: this process may have {most} at a time; raise that with ulimit -n 1024", 2
+        )
     if hasattr(error, "format_message"):
         _explain_usage(error)
     raise error

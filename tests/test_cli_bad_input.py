@@ -542,5 +542,7 @@ def test_a_process_that_may_open_next_to_no_files_says_so(tmp_path: Path) -> Non
     command = f"ulimit -n 5; exec {sys.executable} -m pocketfleet batch list"
     env = {"PATH": os.defpath, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True)
-    said = "pocketfleet: too many open files: this process may have 5 at a time; raise that with ulimit -n 1024"
+    said = (
+        "pocketfleet: too many open files: this process may have 5 at a time; raise that with ulimit -n 1024"
+    )
     assert (done.returncode, said in done.stderr.splitlines()) == (2, True), done.stderr
