@@ -15,6 +15,7 @@ from worker.difference import is_tree
 
 BLOCK_MS = 2000
 READ = 1000
+FEW = 20
 LAST_GATHER_S, GATHER_S, LONGEST_GATHER_S = 0.005, 0.02, 0.5
 MOST_RETRIES = 2**16 - 1
 TOGETHER = 200
@@ -71,10 +72,12 @@ def gather_s(found: int, took_s: float, pending: int) -> float:
     At the pace of that read, until `TOGETHER` have come: a busy batch costs few reads, a slow one two a
     second. The last ones of a batch are read as they come, so that its end is not seen late.
 
-    >>> gather_s(1000, 0.1, 50_000), gather_s(50, 0.05, 50_000), gather_s(1, 0.1, 50_000), gather_s(5, 0.1, 4)
-    (0.0, 0.2, 0.5, 0.005)
+    >>> gather_s(1000, 0.1, 50_000), gather_s(50, 0.05, 50_000), gather_s(1, 0.1, 50_000)
+    (0.0, 0.2, 0.5)
+    >>> gather_s(5, 0.1, 100), gather_s(5, 0.1, 4)
+    (0.005, 0.0)
     """
-    if not 0 < found < READ:
+    if not 0 < found < READ or pending <= FEW:
         return 0.0
     if pending <= TOGETHER:
         return LAST_GATHER_S
