@@ -2,8 +2,8 @@
 
 It listens on a private unix socket only and keeps an append-only file. Whoever uses it holds a shared
 lock on a file of the data directory, which the kernel takes back when the process dies; the last to
-leave stops it. One left behind by a killed process is adopted by the next that comes. Users come and
-go one at a time.
+leave stops it, also where the directory has been deleted meanwhile. One left behind by a killed process is
+adopted by the next that comes. Users come and go one at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from limiter import locks
 from limiter.errors import RedisRefused
-from limiter.server import INSTEAD, Home, serve, server_lives, stop
+from limiter.server import INSTEAD, Home, connected, end, serve, server_lives, stop
 
 TURN_S = 20.0
 
@@ -73,6 +73,8 @@ class Embedded:
         self.url = home.url
         self.data_dir = home.data_dir
         self._home = home
+        self._dir = home.dir.stat()
+        self._line = connected(home)
         self._users: int | None = users
         _open.add(self)
 
@@ -83,19 +85,31 @@ class Embedded:
         if users is None:
             return
         try:
-            with _turn(self._home):
-                if _alone(users, self._home):
-                    stop(self._home)
+            if not self._is_gone():
+                with _turn(self._home):
+                    if _alone(users, self._home):
+                        stop(self._home)
+            elif locks.take(users):
+                end(self._line)
         except (OSError, RedisRefused):
-            pass  # the data directory is gone or its neighbours hang: the server stays, to be adopted
+            pass  # its files are gone or its neighbours hang: the server stays, to be adopted
         finally:
             locks.give_back(users)
+            self._line.close()
+
+    def _is_gone(self) -> bool:
+        """Whether the server's directory was deleted, or made anew meanwhile: nobody finds the server any more."""
+        try:
+            return not os.path.samestat(self._dir, self._home.dir.stat())
+        except FileNotFoundError:
+            return True
 
     def leave_to_parent(self) -> None:
         """In a forked child: the use is the parent's alone."""
         users, self._users = self._users, None
         if users is not None:
             os.close(users)
+            self._line.close()
 
     def __enter__(self) -> Embedded:
         return self
@@ -142,7 +156,7 @@ def _turn(home: Home) -> Iterator[None]:
 
 
 def _alone(users: int, home: Home) -> bool:
-    """Whether no other user is left. False too if the directory was removed and made anew meanwhile."""
+    """Whether no other user is left. False too if the file was removed and made anew meanwhile."""
     same = os.path.samestat(os.fstat(users), home.users_lock.stat())
     return same and locks.take(users)
 

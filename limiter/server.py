@@ -76,17 +76,20 @@ class Home:
             return self.dir / "redis.sock"
 
     def new_socket(self) -> Path:
-        """Choose and note the place of a socket: beside the data, or a private one if that is too long."""
-        path = self.dir / "redis.sock"
-        if _fits(path):
-            self._socket_note.write_text(path.name, "utf-8")
-        else:
-            digest = hashlib.sha256(os.fsencode(self.dir)).hexdigest()[:16]
+        """Choose and note the place of a socket: beside the data, or a private one if that is too long.
+
+        A server deletes its socket when it ends. Where the directory was deleted and made anew meanwhile that must
+        not be the new server's: the path is relative to the directory, or private to this very one.
+        """
+        path = Path("redis.sock")
+        if not _fits(self.dir / path):
+            this = os.fsencode(f"{self.dir} {self.dir.stat().st_ino}")
+            digest = hashlib.sha256(this).hexdigest()[:16]
             private = Path(tempfile.gettempdir()).resolve() / f"pocketfleet-{os.getuid()}-{digest}"
             _make_private(private)
             path = private / "redis.sock"
-            self._socket_note.write_text(str(path), "utf-8")
-        path.unlink(missing_ok=True)
+        self._socket_note.write_text(str(path), "utf-8")
+        self.socket().unlink(missing_ok=True)
         return path
 
 
@@ -210,6 +213,22 @@ def stop(home: Home) -> None:
         _ask(home.socket(), b"SHUTDOWN")
     while server_lives(home) and time.monotonic() < deadline:
         time.sleep(0.005)
+
+
+def connected(home: Home) -> socket.socket:
+    """A connection to the server, for `end`: it leads to this very one, whatever becomes of the files."""
+    line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with contextlib.suppress(OSError):
+        line.connect(str(home.socket()))
+    return line
+
+
+def end(line: socket.socket) -> None:
+    """As `stop`, for a server that only a connection of before still reaches."""
+    line.settimeout(STOP_S)
+    line.sendall(b"SHUTDOWN\r\n")
+    while line.recv(256):
+        pass
 
 
 def _ask(path: Path, command: bytes) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -252,6 +253,28 @@ def test_moved_directory_is_still_found(data: Path) -> None:
             one.kill()
             one.wait()
     assert not lives(moved)
+
+
+@pytest.mark.parametrize("remade", [False, True])
+@pytest.mark.parametrize("folder", ["", "x" * 90])
+def test_last_one_out_stops_it_also_where_its_directory_was_deleted(
+    data: Path, remade: bool, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(data.parent))  # for the socket of a long one
+    data = data / folder
+    with contextlib.ExitStack() as stack:
+        use = embedded.join_or_start(data)
+        other = embedded.join_or_start(data)
+        client = stack.enter_context(redis.Redis.from_url(use.url, single_connection_client=True))
+        client.ping()
+        shutil.rmtree(data)
+        again = stack.enter_context(embedded.join_or_start(data)) if remade else None
+        use.close()
+        assert client.ping(), "another one uses it"
+        other.close()
+        with pytest.raises(redis.ConnectionError):
+            client.ping()
+        assert again is None or ask(again.url, "ping")
 
 
 def test_copied_directory_is_a_server_of_its_own(data: Path) -> None:
