@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import typing
 from functools import lru_cache
@@ -71,18 +70,24 @@ class FleetSettings(BaseSettings):
         return _kept_in_place(value.expanduser()) if value else value
 
 
+def current_directory() -> Path | None:
+    """None where it has been deleted."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return None
+
+
 @lru_cache
-def _first_directory() -> Path:
+def _first_directory() -> Path | None:
     """Where this process was when it first read a setting."""
-    return Path.cwd()
+    return current_directory()
 
 
 def _kept_in_place(path: Path) -> Path:
     """What `path` was at first, also where user code has gone to another directory since; short until then."""
-    with contextlib.suppress(FileNotFoundError):  # the directory we are in may have been deleted
-        if Path.cwd() != _first_directory():
-            return _first_directory() / path
-    return path
+    first = _first_directory()
+    return path if first is None or first == current_directory() else first / path
 
 
 @overload
@@ -92,7 +97,8 @@ def load(cls: type[S]) -> S: ...
 def load(cls: type[Any] = FleetSettings) -> Any:
     """The settings of `cls` from the environment, else from `.env` in the current directory.
 
-    The directory is the one in which this process first asked, also for relative paths. A variable that begins like a setting and is none is told once, on standard error.
+    That is the one in which this process first asked, for relative paths as well. A variable that begins like a
+    setting and is none is told once, on standard error.
 
     Raises:
         SettingsError: something does not hold; one sentence, without the value of a secret.

@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 from limiter.check import checked_connection
 from limiter.client import open_retrying_client
 from limiter.connect import Place, find_redis
-from limiter.settings import load
+from limiter.settings import current_directory, load
 from limiter.view import read_gate
 from producer.aside import aside
 from producer.batch import (
@@ -101,7 +101,6 @@ class FleetRun:
                 f"workers={workers} cannot start: flow '{name}' stands in no module under a name of its own, so they "
                 "could not find it; make it an attribute of a module, such as flow in users.py"
             )
-        self._directory = Path.cwd()
         self.logs = self.settings.data_dir / "logs" / self.batch
         self._users = UsersPart(flow, shared)
         self.refusals = self.successes = 0
@@ -220,16 +219,17 @@ class FleetRun:
         """What `prep_async` returned if it is a list, the items, and where they come from."""
         if self._params is not None:
             return None, as_async(self._params, self._params_from), self._params_from
+        here = current_directory()
         prepared, items = await self._users.prep()
-        self._stay_in_place()
+        if here is not None and here != current_directory():
+            self._stay_in(here)
         return prepared, items, "prep_async"
 
-    def _stay_in_place(self) -> None:
-        """Our files are where they were, also if `prep_async` went to another directory."""
-        if Path.cwd() != self._directory:
-            self.settings.data_dir = self._directory / self.settings.data_dir
-            self.logs = self._directory / self.logs
-            self.output = self.output and self._directory / self.output
+    def _stay_in(self, here: Path) -> None:
+        """Our files are where they were, although `prep_async` went to another directory."""
+        self.settings.data_dir = here / self.settings.data_dir
+        self.logs = here / self.logs
+        self.output = self.output and here / self.output
 
     async def _write_spool(self, client: Redis, items: AsyncIterator[Any], where: str) -> Spool:
         known = Spool.exists(self.settings.data_dir, self.batch)

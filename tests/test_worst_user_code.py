@@ -301,3 +301,22 @@ def test_a_flow_that_goes_to_another_directory_has_one_server_and_its_files_in_o
         assert not list((site.directory / "elsewhere").iterdir())
         assert (site.directory / "out.jsonl").read_text().count("\n") == 1
         assert (site.directory / ".pocketfleet/batches/b").is_dir()
+
+
+FROM_NOWHERE = """
+import asyncio, os
+from leaves import flow
+
+os.mkdir("gone")
+os.chdir("gone")
+os.rmdir(os.getcwd())
+asyncio.run(flow.run_on_fleet({}, workers=0))
+print(flow.stats["completed_flows"])
+"""
+
+
+def test_a_program_whose_directory_was_deleted_runs_with_a_data_directory_elsewhere() -> None:
+    with fleet.site({"leaves.py": LEAVES_THE_DIRECTORY, "program.py": FROM_NOWHERE}) as site:
+        program = site.python("program.py", POCKETFLEET_DATA_DIR=site.directory / "data")
+        assert program.code() == 0, program.output()
+        assert program.output().splitlines()[-1] == "3"
