@@ -15,8 +15,9 @@ from worker.difference import is_tree
 
 BLOCK_MS = 2000
 READ = 1000
-FEW = 20
 LAST_GATHER_S, GATHER_S, LONGEST_GATHER_S = 0.005, 0.02, 0.5
+FEW = 20
+"""With so many items left each outcome is read as it comes."""
 MOST_RETRIES = 2**16 - 1
 TOGETHER = 200
 """So many outcomes are worth a read: that is what the time between two reads is for."""
@@ -70,7 +71,7 @@ def gather_s(found: int, took_s: float, pending: int) -> float:
     """Seconds to let outcomes gather after a read that brought `found` of them.
 
     At the pace of that read, until `TOGETHER` have come: a busy batch costs few reads, a slow one two a
-    second. The last ones of a batch are read as they come, so that its end is not seen late.
+    second. The last ones of a batch hardly wait or not at all, so that its end is not seen late.
 
     >>> gather_s(1000, 0.1, 50_000), gather_s(50, 0.05, 50_000), gather_s(1, 0.1, 50_000)
     (0.0, 0.2, 0.5)

@@ -231,7 +231,7 @@ class Site:
         return self.python(*words, pass_fds=pass_fds, POCKETFLEET_FLOWS=flows, **env)
 
     def pocketfleet(self, *words: str, **env: Any) -> Child:
-        """Start `pocketfleet words...`; by a fork, where nobody can tell it from a start."""
+        """Start `pocketfleet words...`; by a fork, unless its environment or this site wants a new interpreter."""
         given = self._given(env)
         if self.starts_anew or not can_fork(given):
             return self.python("-m", "pocketfleet", *words, **env)
