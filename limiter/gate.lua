@@ -95,7 +95,7 @@ local function read_record(text)
 end
 
 local function write_record(r)
-  return string.format('%.0f %.0f %.0f %d %s %d %.0f %.0f %.0f %.0f %s', r.number, r.held, r.seq,
+  return string.format('%d %d %d %d %s %d %d %d %d %d %s', r.number, r.held, r.seq,
     r.extended and 1 or 0, r.kind, r.idle and 1 or 0, r.flows, r.ends, r.want, r.since, r.pushed)
 end
 

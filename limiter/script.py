@@ -11,7 +11,8 @@ from redis.commands.core import AsyncScript, Script
 
 STEPS = (
     *("gate.lua", "override.lua", "heal.lua"),
-    *("call.lua", "trail.lua", "level.lua", "settle.lua", "admit.lua", "wake.lua"),
+    *("call.lua", "reap.lua", "meet.lua", "trail.lua", "level.lua", "settle.lua"),
+    *("claim.lua", "window.lua", "admit.lua", "wake.lua"),
 )
 PARTS = {"sync.lua": STEPS, "control.lua": ("gate.lua", "override.lua", "heal.lua")}
 SHARED = ("gate.lua",)

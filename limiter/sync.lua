@@ -44,8 +44,9 @@
 -- A refusal burns no start and takes no slot; it may take a ticket.
 -- Cost: O(entries + jobs + log(processes) + log(queue)); nothing grows with workers or queue length.
 --
--- The steps are in call.lua (meet, reap, join), settle.lua, level.lua, admit.lua and wake.lua; what the operator says
--- is in override.lua, what mends a poisoned state in heal.lua, what is told in trail.lua.
+-- The steps are in meet.lua (meet, join), reap.lua, settle.lua, level.lua, window.lua, claim.lua, admit.lua and
+-- wake.lua; what the operator says is in override.lua, what mends a poisoned state in heal.lua, what is told in
+-- trail.lua. What few calls need is a function that makes it, since each call makes all its functions anew.
 
 if record and call.seq < record.seq then return { '-1' } end
 if state.poisoned then gate.note = 'repaired=' .. healer().heal(state, now, call.birth) end

@@ -3,14 +3,14 @@
 -- When the next place comes free by itself, us; nil when only a release can free one.
 local function next_free()
   if now < gate.closed_until then return gate.closed_until end
-  local places, starts = math.floor(state.level) - state.in_use, gate.rate > 0 and gate.rate - gate.used or math.huge
+  local places = math.floor(state.level) - state.in_use
   if places <= 0 then return nil end
   local due = now
   if gate.rate > 0 and gate.used >= gate.rate then
     due = math.min(tonumber(redis.call('LINDEX', STARTS, gate.used - gate.rate)), PARKED) + state.window
   end
-  if gate.rate > 0 and state.even == 1 then due = math.max(due, state.next_start) end
-  if gate.kept > 0 and gate.kept >= math.min(places, starts, due_starts()) then due = math.max(due, state.kept_until) end
+  if gate.paced then due = math.max(due, state.next_start) end
+  if gate.kept > 0 and gate.kept >= math.min(places, starts_left()) then due = math.max(due, state.kept_until) end
   return due
 end
 
@@ -29,11 +29,11 @@ local function grant_head()
   state.in_use = state.in_use + count
   gate.free, gate.used = gate.free - count, gate.used + (gate.logs and count or 0)
   record.held, record.want, record.since, state.admitted = record.held + count, record.want - count, now, now
-  record.pushed = record.pushed .. string.format('%.0f:%.0f:%.0f,', state.attempt, count, stamp)
+  record.pushed = record.pushed .. string.format('%d:%d:%d,', state.attempt, count, stamp)
   state.peak = math.max(state.peak, state.in_use)
   if record.want > 0 then take_ticket(head) else drop_ticket(head, record) end
   redis.call('HSET', GATE, 'p:' .. head, write_record(record))
-  tell(head, string.format('grant %.0f %.0f %.0f %.0f %.0f %.0f', record.seq, count, state.attempt, stamp,
+  tell(head, string.format('grant %d %d %d %d %d %d', record.seq, count, state.attempt, stamp,
     state.slack, now))
   return true
 end
@@ -130,7 +130,7 @@ local function reason()
     if now < gate.closed_until then return 'pause' end
     if math.floor(state.level) - state.in_use <= 0 then return 'level' end
     if gate.rate > 0 and gate.used >= gate.rate then return 'window' end
-    if gate.rate > 0 and state.even == 1 and now < state.next_start then return 'pacing' end
+    if gate.paced and now < state.next_start then return 'pacing' end
     return 'turn'
   end
   if gate.unknown then return 'cold' end
@@ -164,7 +164,7 @@ end
 local function header()
   local wait, why = wait_us(), reason()
   if not call.leave then extend_lease() end
-  return string.format('%d %d %.0f %.0f %.0f %.0f %.0f %s %.0f %.0f %.0f %.0f %.0f %s %.0f %d %d',
+  return string.format('%d %d %d %d %d %d %d %s %d %d %d %d %d %s %d %d %d',
     gate.unknown and 1 or 0, gate.permits, wait, now, state.gen, call.started, state.cut, exact(state.level),
     state.in_use, gate.used, gate.stamp, state.slack, record.ends - now, why, gate.permit_attempt,
     gate.together, gate.stands and 1 or 0) .. (gate.note and ' !' .. string.gsub(gate.note, ' ', ',') or '')
@@ -206,7 +206,7 @@ local function answer_again()
   local claimed = { '', '', '' }
   for id in string.gmatch(ids or '', '%S+') do
     local job, payload = read_job(redis.call('HGET', JOBS, id)), redis.call('GET', 'arq:job:' .. id)
-    if job and payload then add_claimed(claimed, id, job, payload) end
+    if job and payload then claiming().add(claimed, id, job, payload) end
   end
   return with_jobs(head, refused, claimed)
 end
