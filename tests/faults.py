@@ -180,6 +180,11 @@ class Rig:
         worker.tell(signal.SIGTERM)
         assert worker.code() == 0, worker.output()
 
+    def busiest(self) -> Child:
+        """The worker that runs the most. With fewer places than workers one may run nothing for long."""
+        until(lambda: any(self.notes.running(worker.pid) for worker in self.workers), "a worker runs some")
+        return max(self.workers, key=lambda worker: len(self.notes.running(worker.pid)))
+
     def all_live(self) -> None:
         for worker in self.workers:
             assert worker.lives(), f"a worker ended:\n{worker.output()[-3000:]}"

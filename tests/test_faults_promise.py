@@ -10,7 +10,6 @@ import pytest
 
 from tests import faults
 from tests.faults import Rig
-from tests.fleet import until
 from tests.proxy import Every
 from tests.stalls import slack_s
 
@@ -26,8 +25,7 @@ def fleet() -> Iterator[Rig]:
 def test_normal_work_crash_deploy_dropped_connections_and_lost_replies(fleet: Rig) -> None:
     fleet.begin(600, s=0.4)
     fleet.reach(20)
-    doomed = fleet.workers[0]
-    until(lambda: fleet.notes.running(doomed.pid), "it runs some")
+    doomed = fleet.busiest()
     fleet.kill(doomed)
     dead_at, lost = fleet.killed[doomed.pid], fleet.notes.running(doomed.pid)
     fleet.hire(1)
@@ -56,8 +54,7 @@ def test_redis_frozen_for_longer_than_a_lease(fleet: Rig) -> None:
 def test_worker_frozen_for_longer_than_a_lease(fleet: Rig) -> None:
     fleet.begin(300, s=0.4)
     fleet.reach(20)
-    frozen = fleet.workers[0]
-    until(lambda: fleet.notes.running(frozen.pid), "it runs some")
+    frozen = fleet.busiest()
     frozen.tell(signal.SIGSTOP)
     held = len(fleet.notes.running(frozen.pid))
     time.sleep(20.0)
