@@ -42,8 +42,21 @@ local function fair_share()
   return math.max(1, math.ceil(math.floor(state.level) / math.max(1, state.active + 1)))
 end
 
+-- Whether a job that only other processes know stands before all that this one knows.
+local function others_are_first()
+  if state.flows <= flow_count then return false end
+  local known, ours, theirs = {}, math.huge, PARKED
+  for _, flow in ipairs(call.flows) do known[flow] = true end
+  for _, flow in ipairs(redis.call('SMEMBERS', FLOWS)) do
+    local first = tonumber(redis.call('ZRANGE', queue_of(flow), 0, 0, 'WITHSCORES')[2]) or PARKED
+    if known[flow] then ours = math.min(ours, first) else theirs = math.min(theirs, first) end
+  end
+  return theirs < math.min(ours, PARKED)
+end
+
 -- How many of the free places this process may take. Between processes it goes round by ticket; one
--- that finished something takes its next jobs in the same call up to its fair share.
+-- that finished something takes its next jobs in the same call up to its fair share, unless a flow that it does
+-- not know would wait for ever.
 local function turn()
   local free, ended = gate.free, gate.ended
   if call.leave or free <= 0 then return 0 end
@@ -52,7 +65,7 @@ local function turn()
   local owed = math.min(gate.unheard, call.permits)
   if first_ticket() == me then return math.min(free, math.max(owed, fair_share())) end
   if owed > 0 then return math.min(free, owed) end
-  if ended > 0 and call.permits == 0 and state.callers == 0 then
+  if ended > 0 and call.permits == 0 and state.callers == 0 and not others_are_first() then
     return math.max(0, math.min(free, ended, fair_share() - record.held))
   end
   return 0

@@ -416,6 +416,26 @@ def test_a_worker_takes_only_the_lowest_places_of_the_flows_it_knows(ledger: Led
     assert [job.id for job in both.jobs] == [job_id("L", *i) for i in (("x", 0), ("x", 1), ("y", 1))]
 
 
+def test_flows_of_different_workers_take_turns_at_one_place(ledger: Ledger) -> None:
+    limits = Limits("L", 1)
+    put(ledger, 0, 6, "x", "f")
+    put(ledger, 0, 6, "y", "g")
+    flows, seqs = {"A": "f", "G": "g"}, {"A": 1, "G": 1}
+    running = {"A": says(ledger, 1, jobs("A", 1, 1, limits)).jobs, "G": []}
+    assert says(ledger, 2, jobs("G", 1, 1, limits, flows=("g",))).reason == "level"
+    order = []
+    for step in range(10):
+        busy = "A" if running["A"] else "G"
+        order.append(busy)
+        for process in (busy, "G" if busy == "A" else "A"):
+            seqs[process] += 1
+            entries = [Entry(job.id, job.attempt, 1, "completed", b"") for job in running[process]]
+            call = jobs(process, seqs[process], 1, limits, flows=(flows[process],), entries=entries)
+            running[process] = says(ledger, 3 + 2 * step, call).jobs
+    taken_by = [order[: end + 1].count("A") - order[: end + 1].count("G") for end in range(10)]
+    assert max(map(abs, taken_by)) == 1, order  # places that are equal: who runs goes on
+
+
 def test_a_head_without_jobs_of_its_own_passes_the_word_on(ledger: Ledger) -> None:
     limits = Limits("L", 1)
     put(ledger, 0, 1, "x", "f")
