@@ -72,22 +72,22 @@ local function claiming()
       state.attempt, state.place = state.attempt + 1, math.max(state.place, c.place)
       job.attempt = state.attempt
       if payloads[i] then
-        local n, places = #records, parked[c.flow] or {}
+        local n, places = #records, parked[job.flow] or {}
         records[n + 1], records[n + 2] = c.id, write_job(job)
         running[n + 1], running[n + 2] = 'arq:in-progress:' .. c.id, me
         places[#places + 1], places[#places + 2] = gate.parked, c.id
-        parked[c.flow] = places
+        parked[job.flow] = places
         jobs.add(gate.claimed, c.id, job, payloads[i])
       else
-        lost[#lost + 1] = { id = c.id, job = job }
+        lost[#lost + 1] = { id = c.id, job = job, flow = c.flow }
       end
     end
+    if #lost > 0 then settling().lose(lost) end -- first: an outcome that cannot be written must leave nothing claimed
     for flow, places in pairs(parked) do
       chunks(places, 2000, function(...) redis.call('ZADD', queue_of(flow), ...) end)
     end
     chunks(records, 2000, function(...) redis.call('HSET', JOBS, ...) end)
     chunks(running, 2000, function(...) redis.call('MSET', ...) end)
-    if #lost > 0 then settling().lose(lost) end
     return #chosen
   end
 

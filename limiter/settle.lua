@@ -259,11 +259,11 @@ local function settling()
     close_batches()
   end
 
-  -- Jobs, each with its id, that were claimed but whose payloads are gone: they end as lost.
+  -- Jobs, each with its id and queue, that were claimed but whose payloads are gone: they end as lost.
   function settled.lose(jobs)
     for _, each in ipairs(jobs) do
       record_outcome(each.id, whole(each.job.attempt), 'lost', '')
-      forget(each.id, each.job.flow)
+      forget(each.id, each.flow)
       drop_saved(each.id, each.job)
     end
     settled.write()
