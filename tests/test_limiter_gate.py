@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from gate_model import GRACE_US, T0, Fleet, Gate, Ledger, Pump, job_id
 from pytest import approx
+from redis.exceptions import ResponseError
 
 from limiter.limits import Limits
-from limiter.sync import Answer, Call, Entry
+from limiter.sync import Answer, Call, Entry, read_answer
 
 S = 1_000_000
 LEASE = 15 * S
@@ -464,6 +465,22 @@ def test_a_job_whose_payload_is_gone_ends_as_lost_and_the_next_is_asked_for_at_o
     assert answer.jobs == []
     assert [outcome[:3:2] for outcome in ledger.batches["b"].outcomes] == [(0, "lost"), (1, "lost")]
     assert answer.wait_s == 0, "jobs and room are left, and the caller is told to sleep"
+
+
+def test_a_lost_job_whose_end_cannot_be_written_leaves_nothing_claimed(ledger: Ledger) -> None:
+    limits = Limits("L", 10)
+    put(ledger, 0, 4)
+    says(ledger, 1, jobs("A", 1, 0, limits))
+    client = ledger.gate.client
+    client.delete("arq:job:" + job_id("L", "b", 0))
+    client.set("pocketfleet:{L}:out:b", "junk")
+    for _ in range(2):
+        with pytest.raises(ResponseError):
+            ledger.gate.sync(jobs("A", 2, 2, limits), T0 + 2)
+    assert not client.exists(*("arq:in-progress:" + job_id("L", "b", index) for index in range(4)))
+    client.delete("pocketfleet:{L}:out:b")
+    claimed = read_answer(ledger.gate.sync(jobs("A", 2, 3, limits), T0 + 3))
+    assert [job.id for job in claimed.jobs] == [job_id("L", "b", index) for index in (1, 2)]
 
 
 # death, and what comes back --------------------------------------------------------------------
